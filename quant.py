@@ -1,0 +1,397 @@
+"""Linear quantization and the linear layer that is trained with it.
+
+One idea carries this repository: a linear layer is three GEMMs with six operands, and a Recipe says what each
+operand is rounded to. With M tokens, K inputs, N outputs, x (M, K), w (N, K) and g = dLoss/dy (M, N), every GEMM
+is written as A @ B.T, its contraction on the last axis of both operands:
+
+    GEMM          computes                      A            B            contraction
+    output        y  = q(x)   @ q(w).T          x    (M, K)  w    (N, K)  K
+    grad_input    dx = q(g)   @ q(w.T).T        g    (M, N)  w.T  (K, N)  N
+    grad_weight   dw = q(g.T) @ q(x.T).T        g.T  (N, M)  x.T  (K, M)  M (tokens)
+
+A quantizer maps a real tensor to integers and back, x ~ (q - zero_point) * scale (Jacob et al. 2018, eq. 1). All of
+it is dynamic: the scale is recomputed from the tensor at each call, and no gradient flows through it. What shares a
+scale is a tile of the matrix, so granularity is nothing but a tile shape:
+
+    granularity        tile of (rows, columns)   scales   for
+    per_tensor         everything                1        W, A, G
+    per_channel (W)    one row                   N        W: one scale per output
+    per_token          one row                   M        A, G: one scale per token
+    per_channel (A,G)  one column                K or N   A, G: one scale per feature
+    per_block          1 x block of a row        ...      W, A, G: along the contraction of the GEMM
+
+Where a scale is constant along the contraction it factors out: y = (codes_x @ codes_w.T) * scale_x * scale_w. We do
+just that, because integers up to 256 are exact in bfloat16 while their products with a scale are not: the simulated
+GEMM then sees the very integers that an int8 GEMM would. Where it is not constant, the operand is dequantized first.
+
+Vocabulary: `scale` multiplies to DEquantize, a reciprocal is `inv_scale`; `qmin`, `qmax` are inclusive; `amax` is a
+tensor of maxima of |x|; `quantize` makes integer codes, `fake_quantize` goes there and back.
+
+Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"): W, A and G, which granularities, what is left alone.
+Everything here is arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the
+operands kept for backward are int8 codes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# A scale below the smallest normal number would be flushed to zero on some devices. The official code's floors, 1e-5 to
+# 1e-9, are far inside the range of real gradients and moments and would round those to zero.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class QuantConfig:
+    """What each operand of the linear layers is rounded to (32 bits: untouched)."""
+    wbits: int = 32  # bits of the weights: 2 to 8, or 32
+    wgran: Literal["per_tensor", "per_channel", "per_block"] = "per_channel"  # what shares a scale in the weights
+    abits: int = 32  # bits of the activations, the linear layers' inputs: 2 to 8, or 32
+    agran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the activations
+    asym: bool = False  # activations get a zero point (for ranges that are not centred on zero)
+    gbits: int = 32  # bits of the gradients of the linear layers' outputs: 2 to 8, or 32
+    ggran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the gradients
+    ggemm: Literal["grad_weight", "grad_input", "both"] = "grad_weight"  # the GEMMs that see the quantized gradient
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # how gradients are rounded; W and A are always nearest
+    wblock: int = 128  # elements along the contraction that share a scale, for every per_block
+    split_qkv: bool = False  # the q, k and v thirds of c_attn's weight and gradient get scales of their own
+    backward: Literal["ste", "fp"] = "ste"  # backward GEMMs use the quantized x and w of forward, or the untouched ones
+    quant_head: bool = False  # quantize lm_head too (it stays tied to the embedding)
+    skip_blocks: tuple[int, ...] = ()  # transformer blocks left in high precision, counted from 0
+
+    def __post_init__(self):
+        for name in ("wbits", "abits", "gbits"):
+            _check_bits(f"--{name}", getattr(self, name))
+        w, a, g = self.wbits < 32, self.abits < 32, self.gbits < 32
+        splits = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
+        blocks = "per_block" in (self.wgran, self.agran, self.ggran)
+        for flag, has_effect, needs in (
+                ("wgran", w, "--wbits below 32"), ("agran", a, "--abits below 32"), ("asym", a, "--abits below 32"),
+                ("ggran", g, "--gbits below 32"), ("ggemm", g, "--gbits below 32"),
+                ("rounding", g, "--gbits below 32"), ("wblock", blocks, "a granularity of per_block"),
+                ("split_qkv", splits, "quantized weights per_tensor, or gradients per_tensor or per_token"),
+                ("backward", w or a, "--wbits or --abits below 32"),
+                ("quant_head", w or a or g, "something quantized"),
+                ("skip_blocks", w or a or g, "something quantized")):
+            value = getattr(self, flag)
+            if value != type(self).__dataclass_fields__[flag].default and not has_effect:
+                raise ValueError(f"--{flag}={value} has no effect without {needs}; drop it or add that")
+        if self.wblock < 1:
+            raise ValueError(f"--wblock={self.wblock} must be at least 1")
+
+
+def _check_bits(name: str, bits: int) -> None:
+    """Refuse bit widths that no quantizer here has."""
+    if bits != 32 and not 2 <= bits <= 8:
+        raise ValueError(f"{name}={bits} is not supported: use 2 to 8, or 32 to leave the tensor untouched")
+
+
+# -----------------------------------------------------------------------------
+# the quantizer, one pure function per step: tiles -> range -> scale, zero_point -> quantize -> dequantize
+# Legend: R rows, C columns, (tr, tc) the tile; scales and zero points are fp32 of shape (R/tr, 1, C/tc, 1).
+
+class Quantized(NamedTuple):
+    """A quantized matrix: x ~ (codes - zero_point) * scale, tile by tile."""
+    codes: Tensor              # (R, C) int8
+    scale: Tensor              # (R/tr, 1, C/tc, 1) fp32
+    zero_point: Tensor | None  # like scale, integers in fp32; None: symmetric
+
+    @property
+    def T(self) -> "Quantized":
+        """The transposed matrix, (C, R): a view, nothing is rounded again."""
+        zero_point = None if self.zero_point is None else self.zero_point.permute(2, 3, 0, 1)
+        return Quantized(self.codes.T, self.scale.permute(2, 3, 0, 1), zero_point)
+
+
+def tiles(x: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
+    """View x (R, C) as tiles, (R/tr, tr, C/tc, tc); None stands for the whole axis.
+
+    Raises: ValueError if a tile does not divide its axis.
+    """
+    tr, tc = (size if t is None else t for t, size in zip(tile, x.shape, strict=True))
+    if x.shape[0] % max(tr, 1) or x.shape[1] % max(tc, 1):
+        raise ValueError(f"a tile of {tr} x {tc} does not divide a matrix of {tuple(x.shape)}; "
+                         f"with per_block choose --wblock so that it divides")
+    return x.unflatten(1, (-1, tc)).unflatten(0, (-1, tr))  # (R/tr, tr, C/tc, tc)
+
+
+def symmetric_scale(t: Tensor, bits: int) -> Tensor:
+    """Return the scale that maps the largest |value| of each tile to qmax = 2^(bits-1) - 1.
+
+    The range is [-qmax, qmax], so nothing clips and q(-x) = -q(x). At 8 bits, amax = 2.54 gives scale 0.02.
+
+    Args: t (R/tr, tr, C/tc, tc) fp32 tiles; bits 2 to 8. Returns: (R/tr, 1, C/tc, 1) fp32.
+    Source: the paper, sec. 3, with a floor of the smallest normal fp32 number instead of 1e-5 to 1e-9.
+    """
+    amax = t.abs().amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
+    return (amax / (2 ** (bits - 1) - 1)).clamp_min(SCALE_FLOOR)
+
+
+def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero_point) that map [min, max] of each tile to 2^bits - 1 codes from -2^(bits-1) on.
+
+    scale = (max - min) / (2 qmax), zero_point = -round(min / scale + 2^(bits-1)); the zero point is not clamped, so
+    a range that excludes zero costs no code. At 8 bits, [0, 2.54] gives scale 0.01 and zero point -128.
+
+    Args, Returns: as symmetric_scale, twice; the zero point is an integer in fp32.
+    Source: the paper, sec. 3. Deviation: the scale never falls below 2^-22 of the largest |value|, where fp32 itself
+    has no finer steps (the codes of a constant tile would otherwise need an infinite zero point).
+    """
+    lo, hi = t.amin(dim=(1, 3), keepdim=True), t.amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
+    floor = (torch.maximum(lo.abs(), hi.abs()) * 2.0**-22).clamp_min(SCALE_FLOOR)
+    # halves first: max - min overflows where the two are near the ends of fp32
+    scale = torch.maximum((hi * 0.5 - lo * 0.5) / (2 ** (bits - 1) - 1), floor)
+    return scale, -torch.round(lo * (1.0 / scale) + 2 ** (bits - 1))
+
+
+def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
+    """Round x up with probability x - floor(x), else down, so that the expectation is x.
+
+    0.25 becomes 1 for noise < 0.25 and 0 otherwise; integers never move.
+    Args: x, fp32; noise of the same shape, uniform in [0, 1). Source: Gupta et al. 2015, arXiv 1502.02551, sec. 2.
+    """
+    floor = torch.floor(x)
+    return floor + (noise < x - floor).to(x.dtype)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8,
+             noise: Tensor | None = None) -> Tensor:
+    """Return the int8 codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
+
+    At scale 0.02: 0.05 / 0.02 = 2.5 becomes 2 (half to even), 0.07 / 0.02 = 3.5 becomes 4.
+
+    Args:
+        x: any shape, fp32.  scale, zero_point: broadcast against x; None is the symmetric range [-qmax, qmax].
+        noise: uniform in [0, 1) for stochastic rounding, None for round half to even.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    q = x * (1.0 / scale)  # as PyTorch's own fake_quantize ops: one reciprocal per scale, not one division per element
+    q = torch.round(q) if noise is None else round_stochastic(q, noise)
+    q = q.clamp(-qmax, qmax) if zero_point is None else (q + zero_point).clamp(-qmax - 1, qmax)
+    return q.to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Return (codes - zero_point) * scale in fp32; scale and zero_point broadcast against codes."""
+    q = codes.float()
+    return (q if zero_point is None else q - zero_point) * scale
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A callable Tensor (R, C) -> Tensor of the same shape and dtype, rounded; it never knows which GEMM it serves."""
+    bits: int = 8
+    tile: tuple[int | None, int | None] = (None, None)  # (rows, columns) that share a scale; None: all of them
+    asym: bool = False
+    rounding: str = "nearest"  # stochastic draws its noise from torch's default generator
+
+    def __post_init__(self):
+        _check_bits("bits", self.bits)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Return the codes and scales of x (R, C). The arithmetic is fp32: in bf16 it would be off by up to a step."""
+        t = tiles(x.float(), self.tile)  # (R/tr, tr, C/tc, tc)
+        scale, zero_point = asymmetric_scale(t, self.bits) if self.asym else (symmetric_scale(t, self.bits), None)
+        noise = torch.rand_like(t) if self.rounding == "stochastic" else None
+        return Quantized(quantize(t, scale, zero_point, self.bits, noise).view(x.shape), scale, zero_point)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fake-quantize x (R, C): quantize, dequantize, cast back. 32 bits return x itself."""
+        return x if self.bits >= 32 else restore(self.quantize(x)).to(x.dtype)
+
+
+def restore(q: Quantized) -> Tensor:
+    """Dequantize a whole matrix: (R, C) fp32."""
+    tile = (q.codes.shape[0] // q.scale.shape[0], q.codes.shape[1] // q.scale.shape[2])
+    return dequantize(tiles(q.codes, tile), q.scale, q.zero_point).reshape(q.codes.shape)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes in [-8, 7], (..., C) with C even, into uint8 (..., C/2); the even column is the low half.
+
+    [1, -1] -> 0b1111_0001. Raises: ValueError for an odd last axis.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"4-bit codes are packed in pairs; the last axis has {codes.shape[-1]} of them: pad it by one")
+    low, high = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return (low & 15) | (high << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo pack_int4: uint8 (..., C/2) -> int8 codes (..., C)."""
+    low, high = packed << 4, packed & 240  # each code in the high half of a byte ...
+    return torch.stack((low, high), -1).flatten(-2).view(torch.int8) >> 4  # ... so that the shift copies its sign
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, bits):
+        codes = quantize(x.float(), scale, zero_point, bits)
+        # Clipped: where rounding alone, without the clamp, leaves the range of codes.
+        qmax = 2 ** (bits - 1) - 1
+        q = torch.round(x.float() * (1.0 / scale)) + (0 if zero_point is None else zero_point)
+        ctx.save_for_backward((q >= (-qmax if zero_point is None else -qmax - 1)) & (q <= qmax))
+        return dequantize(codes, scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        inside, = ctx.saved_tensors
+        return g * inside, None, None, None
+
+
+def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
+    """Fake-quantize x with a GIVEN scale; the gradient is the identity inside the range of codes, 0 where x clips.
+
+    The dynamic quantizers above never clip, so QuantLinear needs no mask; a static or shrunken scale does (use it
+    as QuantLinear's reparam, for instance). Args: as `quantize`. Returns: x's shape and dtype.
+    Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
+    """
+    return _RoundSTE.apply(x, scale, zero_point, bits)
+
+
+# -----------------------------------------------------------------------------
+# the recipe: six operands, a quantizer for each
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which quantizer rounds which operand of which GEMM. A slot is any callable Tensor -> Tensor, or None: untouched.
+
+    Each quantizer is given its operand as the table on top of this file writes it, contraction last. With
+    `backward="ste"` the backward GEMMs reuse the very x and w that forward used, and their two slots must be None.
+    """
+    output_input: Callable[[Tensor], Tensor] | None = None              # x    (M, K)
+    output_weight: Callable[[Tensor], Tensor] | None = None             # w    (N, K)
+    grad_input_grad_output: Callable[[Tensor], Tensor] | None = None    # g    (M, N)
+    grad_input_weight: Callable[[Tensor], Tensor] | None = None         # w.T  (K, N)
+    grad_weight_grad_output: Callable[[Tensor], Tensor] | None = None   # g.T  (N, M)
+    grad_weight_input: Callable[[Tensor], Tensor] | None = None         # x.T  (K, M)
+    backward: str = "ste"
+
+    def __post_init__(self):
+        if self.backward == "ste" and (self.grad_input_weight or self.grad_weight_input):
+            raise ValueError("backward='ste' reuses forward's x and w; use backward='fp' to give backward its own")
+
+
+def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
+    """Translate the flags into a Recipe; None if nothing is quantized.
+
+    The granularity words speak of the stored tensors w (N, K), x (M, K) and g (M, N). grad_weight is given g.T, where
+    a row has become a column, so its tile is turned over; per_block follows the contraction and is not.
+
+    Args: third: rows of w (columns of g) in each of c_attn's q, k and v, where these are quantized apart.
+    """
+    block = (1, config.wblock)
+    w_tile = {"per_tensor": (third, None), "per_channel": (1, None), "per_block": block}[config.wgran]
+    a_tile = {"per_tensor": (None, None), "per_token": (1, None), "per_channel": (None, 1),
+              "per_block": block}[config.agran]
+    g_tile = {"per_tensor": (None, third), "per_token": (1, third), "per_channel": (None, 1),
+              "per_block": block}[config.ggran]
+    w = Quantizer(config.wbits, w_tile) if config.wbits < 32 else None
+    a = Quantizer(config.abits, a_tile, config.asym) if config.abits < 32 else None
+    g = Quantizer(config.gbits, g_tile, rounding=config.rounding) if config.gbits < 32 else None
+    g_t = Quantizer(config.gbits, block if g_tile == block else g_tile[::-1], rounding=config.rounding) if g else None
+    if not (w or a or g):
+        return None
+    return Recipe(output_input=a, output_weight=w,
+                  grad_input_grad_output=g if config.ggemm in ("grad_input", "both") else None,
+                  grad_weight_grad_output=g_t if config.ggemm in ("grad_weight", "both") else None,
+                  backward=config.backward)
+
+
+# -----------------------------------------------------------------------------
+# the three GEMMs
+
+def round_operand(quantizer: Callable | None, x: Tensor) -> Tensor | Quantized:
+    """Apply one slot of a recipe to its operand (R, C): codes and scales if ours, a tensor if a foreign callable."""
+    if isinstance(quantizer, Quantizer):
+        return quantizer.quantize(x)
+    return x if quantizer is None else quantizer(x)
+
+
+def gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """Compute A @ B.T in `dtype`: a (R, L), b (S, L) -> (R, S); scales that are constant along L are applied after."""
+    (a, a_scale), (b, b_scale) = _factor(a, dtype), _factor(b, dtype)
+    y = a @ b.T  # (R, S)
+    if a_scale is not None:
+        y = y * a_scale  # (R, S) * (R, 1), fp32 from here
+    if b_scale is not None:
+        y = y * b_scale.T  # (R, S) * (1, S)
+    return y.to(dtype)
+
+
+def _factor(q: Tensor | Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Split an operand (R, L) into what enters the GEMM and the scale (R, 1) or (1, 1) applied after it, if any."""
+    if isinstance(q, Tensor):
+        return q.to(dtype), None
+    if q.zero_point is not None or q.scale.shape[2] > 1:  # the scale varies along the contraction, or is not alone
+        return restore(q).to(dtype), None
+    rows = q.codes.shape[0] // q.scale.shape[0]
+    scale = q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)
+    return q.codes.to(dtype), scale.reshape(-1, 1)
+
+
+def linear_forward(x: Tensor, w: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized]:
+    """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w."""
+    qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
+    y = gemm(qx, qw, x.dtype)
+    return (y, qx, qw) if recipe.backward == "ste" else (y, x, w)
+
+
+def linear_backward(g: Tensor, x: Tensor | Quantized, w: Tensor | Quantized, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Compute dx (M, K) and dw (N, K) from g (M, N) and what forward kept; dtypes as g."""
+    if recipe.backward == "fp":
+        x_t, w_t = round_operand(recipe.grad_weight_input, x.T), round_operand(recipe.grad_input_weight, w.T)
+    else:
+        x_t, w_t = x.T, w.T
+    dx = gemm(round_operand(recipe.grad_input_grad_output, g), w_t, g.dtype)       # (M, N) @ (K, N).T
+    dw = gemm(round_operand(recipe.grad_weight_grad_output, g.T), x_t, g.dtype)    # (N, M) @ (K, M).T
+    return dx, dw
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, recipe):
+        y, qx, qw = linear_forward(x, w, recipe)
+        ctx.recipe, ctx.w_dtype = recipe, w.dtype
+        ctx.x_parts, ctx.w_parts = (len(q) if isinstance(q, Quantized) else 1 for q in (qx, qw))
+        ctx.save_for_backward(*(qx if isinstance(qx, Quantized) else (qx,)),
+                              *(qw if isinstance(qw, Quantized) else (qw,)))
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        saved = ctx.saved_tensors
+        qx = Quantized(*saved[:ctx.x_parts]) if ctx.x_parts > 1 else saved[0]
+        qw = Quantized(*saved[ctx.x_parts:]) if ctx.w_parts > 1 else saved[-1]
+        dx, dw = linear_backward(g, qx, qw, ctx.recipe)
+        return dx, dw.to(ctx.w_dtype), None
+
+
+class QuantLinear(nn.Linear):
+    """nn.Linear, trained through a Recipe; weight and bias stay fp32, the arithmetic runs in the dtype of the input.
+
+    Args:
+        recipe: what each operand is rounded to; None is nn.Linear bit for bit.
+        reparam: maps the weight (N, K) to the one used, before the recipe: the seam for methods that train something
+            else than the weight itself. Autograd differentiates it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, recipe: Recipe | None = None,
+                 reparam: Callable[[Tensor], Tensor] | None = None):
+        super().__init__(in_features, out_features, bias)
+        self.recipe, self.reparam = recipe, reparam
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute x (..., K) -> (..., N)."""
+        w = self.weight if self.reparam is None else self.reparam(self.weight)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.recipe is None:
+            return F.linear(x, w.to(x.dtype), bias)
+        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
+        y = y if bias is None else y + bias  # outside: the gradient of the bias comes from the untouched g
+        return y.view(*x.shape[:-1], -1)
