@@ -1,0 +1,158 @@
+"""What a trained model is worth: validation loss, bits per byte, and a sample of text.
+
+Validation loss has one definition in this repository, and train.py uses this one: the validation split is cut into
+fixed, non-overlapping windows of block_size tokens; the loss is the mean over all their tokens, in nats. The number
+is the same, to rounding, at any batch size, on any device and at any number of processes. It runs the uncompiled model,
+so that what train.py logged and what this file prints are one number.
+
+    python eval.py --ckpt=out                       # as trained
+    python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
+
+Bits per byte is the loss divided by ln 2 and by the bytes a token stands for: with it, tokenizers compare.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from config import one_line_errors, parse
+from model import GPT, load_checkpoint, model_from, own
+from prepare_data import DataConfig, get_tokenizer, open_dataset
+from quant import QuantConfig, Quantizer, QuantLinear
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate a checkpoint."""
+    ckpt: str = "out"  # a checkpoint, or the out_dir of a run
+    quantizers: Literal["trained", "off"] = "trained"  # evaluate with the quantizers of training, or without any
+    dataset: str | None = None  # the data to evaluate on; auto: the run's own
+    data_dir: str = "data"  # where the shards lie
+    eval_tokens: int = 0  # validation tokens used, 0: all
+    batch_size: int = 16  # sequences at a time
+    device: Literal["cpu", "cuda"] | None = None  # auto: a GPU if there is one
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: as trained
+    prompt: str = ""  # the sample continues this text; empty: a document begins
+    sample_tokens: int = 300  # length of the sample
+    seed: int = 0  # of the sample
+
+    def __post_init__(self):
+        for name in ("eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must not be negative")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
+
+
+def choose_device(device: str | None) -> str:
+    """Return "cuda" or "cpu": the one asked for, or the GPU if there is one. Raises: ValueError if there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but this torch sees no GPU; use --device=cpu")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# -----------------------------------------------------------------------------
+# validation loss
+
+def val_windows(tokens: np.ndarray, block_size: int, eval_tokens: int = 0) -> np.ndarray:
+    """Return the fixed windows, (n, block_size + 1) int64: inputs and, one later, targets.
+
+    Args: tokens (len,) uint16; eval_tokens: use about this many, in windows spread evenly over the split; 0: all.
+    Raises: ValueError if the split is shorter than one window.
+    """
+    count = (len(tokens) - 1) // block_size
+    if count < 1:
+        raise ValueError(f"the validation split has {len(tokens)} tokens, and one window needs {block_size + 1}; "
+                         f"use a smaller --block_size or more data")
+    chosen = np.arange(count)
+    if eval_tokens:
+        wanted = min(count, max(1, eval_tokens // block_size))
+        chosen = np.arange(wanted) * count // wanted
+    return np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in chosen]).astype(np.int64)
+
+
+def shares_scales(model: GPT) -> bool:
+    """Tell whether a quantizer gives several tokens one scale; a token's value then depends on its batch."""
+    recipes = (m.recipe for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
+    inputs = (r.output_input for r in recipes)
+    return any(isinstance(q, Quantizer) and q.tile[0] != 1 for q in inputs)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: np.ndarray, batch_size: int) -> float:
+    """Return the mean loss over the windows, nats per token; under torch.distributed every rank gets the same number.
+
+    Args: windows (n, T+1) from `val_windows`; batch_size: sequences at a time.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = model.wte.weight.device
+    batch_size = 1 if shares_scales(model) else batch_size  # else the loss would depend on the batch size
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)  # of the windows' mean losses
+    mine = windows[rank::world]
+    for batch in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
+        batch = torch.from_numpy(batch).to(device)  # (b, T+1)
+        total += model(batch[:, :-1], batch[:, 1:]).double().cpu() * len(batch)
+    model.train(was_training)
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item() / len(windows)
+
+
+def bits_per_byte(loss: float, split: dict) -> float:
+    """Turn nats per token into bits per byte of text. Args: split: meta.json's entry, with `tokens` and `bytes`."""
+    return loss / math.log(2) * split["tokens"] / split["bytes"]
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    """Return the entropy of the token frequencies, nats: the loss of a model that knows these and nothing else."""
+    p = np.bincount(tokens) / len(tokens)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+# -----------------------------------------------------------------------------
+# samples
+
+def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0) -> str:
+    """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
+    was_training = model.training
+    model.eval()
+    out = model.generate(torch.tensor([ids], device=model.wte.weight.device), new_tokens, seed=seed)[0].tolist()
+    model.train(was_training)
+    return tokenizer.decode(out[1:])
+
+
+def main() -> None:
+    """Print validation loss and a sample of a checkpoint."""
+    config = parse(EvalConfig, doc=__doc__)
+    with one_line_errors():
+        device = choose_device(config.device)
+        checkpoint = load_checkpoint(Path(config.ckpt))
+        flat = checkpoint["config"]
+        _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir))
+        if meta["vocab_size"] != checkpoint["vocab_size"]:
+            raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint {checkpoint['vocab_size']}; "
+                             f"choose the --dataset it was trained on ({flat['dataset']})")
+        quant = own(QuantConfig, flat) if config.quantizers == "trained" else QuantConfig()
+        model = model_from(checkpoint, quant, getattr(torch, config.dtype or flat["dtype"])).to(device)
+        windows = val_windows(val, model.config.block_size, config.eval_tokens)
+        loss = evaluate(model, windows, config.batch_size)
+        print(f"{config.ckpt} at step {checkpoint['step']}, quantizers {config.quantizers}, {model.dtype}, {device}")
+        print(f"val_loss {loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte "
+              f"({windows.size - len(windows):,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
+        if config.sample_tokens:
+            print("-" * 80)
+            print(sample(model, meta["tokenizer"], config.prompt, config.sample_tokens, config.seed))
+
+
+if __name__ == "__main__":
+    main()
