@@ -129,7 +129,7 @@ def _parser(cls: type, presets: dict[str, dict], doc: str) -> argparse.ArgumentP
         for f in fields(owner):
             if f.name in _nested(owner):
                 continue
-            default = "chosen by the device" if f.default is None else f.default
+            default = "auto" if f.default is None else f.default
             text = f"{helps.get(f.name, '')} [{default}]".replace("%", "%%")
             if f.name == "preset" and presets:
                 text += "; one or several of: " + ", ".join(presets)
@@ -146,7 +146,7 @@ def _one_spelling(arg: str) -> str:
 
 
 def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None, doc: str = "",
-          base: typing.Callable[[list[str]], list[str]] | None = None) -> typing.Any:
+          base: typing.Callable[[list[str]], list[str]] | None = None, start: dict | None = None) -> typing.Any:
     """Read the command line into an instance of `cls`.
 
     Args:
@@ -155,6 +155,7 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
         presets: {name: flat differences}, composed from left to right by `--preset=a,b`.
         doc: text above the flags of --help.
         base: takes the preset names given and returns those to use (train.py puts a model size in front).
+        start: flat values that stand in for the defaults (a resumed run's own).
 
     Bad input prints a usage line and one line that says what is wrong, and exits with code 2.
     """
@@ -164,7 +165,7 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], _owners(cls), n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    given, values = vars(given), {}
+    given, values = vars(given), dict(start or {})
     names = [name for name in given.get("preset", "").split(",") if name]
     names = base(names) if base else names
     for name in names:

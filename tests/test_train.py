@@ -1,0 +1,467 @@
+"""The loop, through its real command line: reproducible, resumable, parallel, and clear about bad input.
+
+A run here is a GPT-2 with one block of 32 channels for a few steps, uncompiled unless said otherwise. Runs that must
+die or form a group live in processes forked from a server that has imported torch already.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from config import build, flatten
+from eval import evaluate
+from model import load_checkpoint
+from prepare_data import DataConfig, PrepareConfig, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--preset=tiny", "--dataset=text", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32",
+         "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=2", "--log_interval=1",
+         "--eval_tokens=512", "--warmup_iters=2", "--sample_tokens=10", "--compile=False", "--device=cpu",
+         "--dtype=float32"]
+W8A8 = ["--wbits=8", "--abits=8"]
+RANDOM = [*W8A8, "--gbits=8", "--rounding=stochastic", "--dropout=0.1"]  # all that draws random numbers
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the dataset `text`: bytes of this repository's own source."""
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "source.txt"
+    source.write_text("\n<|endoftext|>\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
+    prepare(PrepareConfig(input=str(source), val_input=str(source), tokenizer="bytes", processes=1,
+                          data=DataConfig("text", str(folder))))
+    return folder
+
+
+@pytest.fixture
+def run(data, monkeypatch, capsys):
+    """Run train.py in this process: run(out_dir, *flags) -> (exit code, stdout, stderr)."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(out, *flags, small=SMALL):
+        monkeypatch.setattr(sys, "argv", ["train.py", *small, f"--data_dir={data}", f"--out_dir={out}", *flags])
+        with pytest.raises(SystemExit) as leave:
+            train.main()
+        captured = capsys.readouterr()
+        return leave.value.code, captured.out, captured.err
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def log(out):
+    """Read log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in lines]
+
+
+def same(a, b):
+    """Compare checkpoints bit for bit, the folder's name apart."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(same(a[k], b[k]) for k in a if k not in ("out_dir", "resume"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def child(argv, variables):
+    """Be a process of its own that trains, and leaves with the exit code."""
+    os.environ.update(variables)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    train.main()
+
+
+def spawn(argv, target=child, **variables):
+    """Start a process from a server that has imported torch: milliseconds instead of seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=target, args=(argv, variables))
+    process.start()
+    return process
+
+
+# -----------------------------------------------------------------------------
+# one run
+
+def test_a_run_from_start_to_report(run, tmp_path):
+    """The files, the lines of log.jsonl and the report are what README says, and the loss falls."""
+    code, out, err = run(tmp_path / "a", *W8A8, "--max_iters=40", "--eval_interval=20", "--learning_rate=1e-2")
+    lines = log(tmp_path / "a")
+    assert code == 0 and not err
+    assert lines[0]["config"]["wbits"] == 8 and lines[-1] == {"status": "finished", "step": 40}
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 41))
+    assert set(training[0]) == {"step", "tokens", "loss", "lr", "grad_norm"} and training[0]["tokens"] == 2 * 4 * 32
+    evaluations = {line["step"]: line for line in lines if "val_loss" in line}
+    assert list(evaluations) == [0, 20, 40] and evaluations[0]["val_loss"] == pytest.approx(math.log(257), abs=0.3)
+    # byte-level tokens: one byte each, and one end-of-text token per document
+    assert evaluations[40]["val_bpb"] == pytest.approx(evaluations[40]["val_loss"] / math.log(2), rel=1e-2)
+    assert evaluations[40]["val_loss"] < evaluations[0]["val_loss"] - 1.5
+    assert f"val_loss {evaluations[40]['val_loss']:.4f}" in out and "unigram entropy" in out and "sample:" in out
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
+
+
+def test_the_same_seed_is_the_same_run(run, tmp_path):
+    """Twice the same command: every number the same; another seed: another run."""
+    run(tmp_path / "a", *RANDOM), run(tmp_path / "b", *RANDOM), run(tmp_path / "c", *RANDOM, "--seed=1")
+    a, b, c = (log(tmp_path / name) for name in "abc")
+    assert a[1:] == b[1:] and a[1:] != c[1:]
+    assert same(*(load_checkpoint(tmp_path / name) for name in "ab"))
+
+
+def test_accumulation_is_a_larger_batch(run, tmp_path):
+    """8 sequences at once or 2 x 4 are the same step, to rounding (per-token scales do not mix sequences)."""
+    run(tmp_path / "a", *W8A8)
+    run(tmp_path / "b", *W8A8, "--batch_size=8", "--gradient_accumulation_steps=1")
+    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_learning_rate():
+    """Linear warm-up that never is 0, the peak at its end, the cosine's middle and end, and min_lr after that."""
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    lrs = [train.learning_rate(step, config) for step in (0, 9, 10, 60, 110, 1000)]
+    assert lrs == pytest.approx([1 / 11, 10 / 11, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_bf16_follows_fp32(run, tmp_path):
+    """bfloat16 activations over fp32 weights give nearly the losses of fp32, and fp32 checkpoints."""
+    run(tmp_path / "a", *W8A8), run(tmp_path / "b", *W8A8, "--dtype=bfloat16")
+    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    assert a == pytest.approx(b, abs=0.03) and a != b
+    assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path / "b")["model"].values())
+
+
+@pytest.mark.parametrize("name", [name for name in train.PRESETS if name not in train.SIZES])
+def test_every_preset_runs(name, run, tmp_path):
+    """Each experiment of the paper takes steps and is in the config that log.jsonl records."""
+    code, _, _ = run(tmp_path / "a", f"--preset=tiny,{name}", "--max_iters=2")
+    assert code == 0
+    recorded = log(tmp_path / "a")[0]["config"]
+    assert {k: recorded[k] for k in train.PRESETS[name]} == train.PRESETS[name]
+
+
+def test_sizes_are_gpt2s():
+    """The presets of sizes are valid configs, and all but tiny and paper keep 512 sequences a step."""
+    for name, values in train.SIZES.items():
+        config = build(train.TrainConfig, values)
+        assert name in ("tiny",) or config.batch_size * config.gradient_accumulation_steps == 512
+
+
+def test_compiled_run_follows_eager(run, tmp_path):
+    """torch.compile changes roundings only: 6 steps of W8A8 to 1e-4."""
+    run(tmp_path / "a", *W8A8), run(tmp_path / "b", *W8A8, "--compile=True")
+    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    assert a == pytest.approx(b, abs=1e-4)
+    torch.compiler.reset()
+
+
+def test_no_compiler_is_said_aloud(run, tmp_path, monkeypatch):
+    """Without a C++ compiler the run is eager, and says so."""
+    monkeypatch.setattr(train, "can_compile", lambda: False)
+    code, out, _ = run(tmp_path / "a", "--compile=True", "--max_iters=1")
+    assert code == 0 and "compile=False (no C++ compiler" in out
+
+
+def test_compare_to(run, tmp_path):
+    """The report shows another run's loss at the last step both evaluated."""
+    run(tmp_path / "a")
+    _, out, _ = run(tmp_path / "b", *W8A8, f"--compare_to={tmp_path / 'a'}", "--max_iters=4")
+    a, b = ({line["step"]: line["val_loss"] for line in log(tmp_path / n) if "val_loss" in line} for n in "ab")
+    assert f"at step 4: val_loss {a[4]:.4f}; this run {b[4]:.4f}, difference {b[4] - a[4]:+.4f} nats" in out
+
+
+def test_init_from_checkpoint(run, tmp_path):
+    """--init_from takes the weights of a checkpoint and begins at step 0."""
+    run(tmp_path / "a")
+    _, out, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--max_iters=1")
+    first = next(line for line in log(tmp_path / "b") if "val_loss" in line)
+    last = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]
+    assert first["step"] == 0 and first["val_loss"] == last["val_loss"]
+
+
+def test_init_from_hugging_face(run, data, tmp_path):
+    """--init_from takes a folder in Hugging Face's layout, and the shape that is in it; the vocabulary must fit."""
+    pytest.importorskip("safetensors")
+    from model import export_hf, model_from
+    run(tmp_path / "a", "--max_iters=2")
+    export_hf(model_from(load_checkpoint(tmp_path / "a")), tmp_path / "hf")
+    code, _, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'hf'}", "--max_iters=1", "--n_layer=3")
+    first = next(line for line in log(tmp_path / "b") if "val_loss" in line)
+    last = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]
+    assert code == 0 and first["val_loss"] == last["val_loss"]
+    assert load_checkpoint(tmp_path / "b")["config"]["n_layer"] == 1
+
+
+# -----------------------------------------------------------------------------
+# stopping and going on
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [2, 3])  # with an evaluation due, and between two
+def test_signal_then_resume_is_bitwise(number, at, run, tmp_path, monkeypatch):
+    """A run stopped by a signal says how to go on; resumed, it is the run that was never stopped: weights and log."""
+    run(tmp_path / "whole", *RANDOM)
+    step = train.Run.train_step
+
+    def interrupted(self):
+        if self.step == at - 1:
+            os.kill(os.getpid(), number)
+        return step(self)
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    code, out, _ = run(tmp_path / "cut", *RANDOM)
+    assert code == 128 + number and "--resume" in out and log(tmp_path / "cut")[-1]["status"] == "interrupted"
+    monkeypatch.setattr(train.Run, "train_step", step)
+    code, _, _ = run(tmp_path / "cut", "--resume", small=[])
+    assert code == 0 and log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+    for name in ("ckpt.pt", "ckpt_best.pt"):
+        assert same(load_checkpoint(tmp_path / "cut" / name), load_checkpoint(tmp_path / "whole" / name))
+
+
+def test_sigkill_at_random_points(run, data, tmp_path):
+    """Killed again and again without warning and resumed each time, the run ends bitwise like the undisturbed one."""
+    flags = [*RANDOM, "--max_iters=60", "--eval_interval=3"]
+    run(tmp_path / "whole", *flags)
+    argv = [*SMALL, *flags, f"--data_dir={data}", f"--out_dir={tmp_path / 'cut'}"]
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(40):
+        resume = ["--resume"] if (tmp_path / "cut" / "ckpt.pt").exists() else []
+        if resume:
+            load_checkpoint(tmp_path / "cut")  # whole, whenever the kill came
+        process = spawn(argv + resume)
+        process.join(rng.uniform(0.3, 1.2) if kills < 10 else 60)
+        if process.exitcode == 0:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills >= 3
+    assert log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+    assert same(load_checkpoint(tmp_path / "cut"), load_checkpoint(tmp_path / "whole"))
+
+
+def test_resume_refuses_another_run(run, data, tmp_path):
+    """A resumed run keeps its configuration; what would make it another run is an error, a larger max_iters is not."""
+    run(tmp_path / "a", "--max_iters=2", "--lr_decay_iters=4")
+    code, _, err = run(tmp_path / "a", "--resume", "--wbits=8", small=[])
+    assert code == 2 and "--wbits=8 differs from the 32 this run began with" in err
+    code, _, err = run(tmp_path / "a", "--resume", small=[])
+    assert code == 2 and "has finished its 2 steps" in err
+    code, _, _ = run(tmp_path / "a", "--resume", "--max_iters=4", small=[])
+    assert code == 0 and load_checkpoint(tmp_path / "a")["step"] == 4
+    code, _, err = run(tmp_path / "none", "--resume", small=[])
+    assert code == 2 and "no checkpoint" in err
+
+
+def test_divergence_is_a_result(run, tmp_path):
+    """A non-finite loss ends the run with code 3 and its own status; the last checkpoint is finite."""
+    code, out, err = run(tmp_path / "a", "--learning_rate=1e30", "--min_lr=1e30", "--grad_clip=0", "--warmup_iters=0")
+    assert code == 3 and "diverged at step 1" in out and not err
+    assert log(tmp_path / "a")[-1] == {"status": "diverged", "step": 1}
+    assert all(t.isfinite().all() for t in load_checkpoint(tmp_path / "a")["model"].values())
+
+
+def test_full_disk(run, tmp_path, monkeypatch):
+    """A disk that fills up is one line, and the checkpoint before it stays."""
+    run(tmp_path / "a", "--max_iters=2")
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+
+    def full(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = run(tmp_path / "a", "--resume", "--max_iters=4", small=[])
+    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before and not list((tmp_path / "a").glob("*.tmp"))
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+def group(argv, world, target=child, **variables):
+    """Train with `world` processes over gloo; return their exit codes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    processes = [spawn(argv, target, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables) for rank in range(world)]
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_follow_one(run, data, tmp_path):
+    """The same global batch over two processes: the same losses for 50 steps, and the same validation loss."""
+    flags = [*W8A8, "--max_iters=50", "--eval_interval=25"]
+    run(tmp_path / "one", *flags)
+    assert group([*SMALL, *flags, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}"], 2) == [0, 0]
+    one, two = log(tmp_path / "one")[1:], log(tmp_path / "two")[1:]
+    for a, b in zip(one, two, strict=True):
+        assert set(a) == set(b)
+        for key in {"loss", "val_loss"} & set(a):
+            assert a[key] == pytest.approx(b[key], abs=1e-3)
+
+
+def child_that_keeps_its_weights(argv, variables):
+    """Train as one rank and write what this rank holds at the end."""
+    finished = train.Run.train
+
+    def then_save(self, log):
+        result = finished(self, log)
+        torch.save(self.raw.state_dict(), f"{variables['WEIGHTS']}/{self.processes.rank}.pt")
+        return result
+    train.Run.train = then_save
+    child(argv, variables)
+
+
+def test_ranks_hold_identical_weights(data, tmp_path):
+    """After training, with dropout and stochastic rounding, every rank has the same bits."""
+    argv = [*SMALL, *RANDOM, f"--data_dir={data}", f"--out_dir={tmp_path / 'a'}"]
+    assert group(argv, 2, child_that_keeps_its_weights, WEIGHTS=str(tmp_path)) == [0, 0]
+    assert same(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"))
+
+
+def test_the_global_batch_is_the_same_at_any_world_size():
+    """1, 2 and 4 processes read the same sequences in a step, each of them once."""
+    config = build(train.TrainConfig, dict(batch_size=3, gradient_accumulation_steps=4, block_size=8))
+    tokens = np.arange(10_000, dtype=np.uint16)
+
+    def step(world):
+        rows = []
+        for rank in range(world):
+            processes = type("P", (), {"rank": rank, "world": world, "device": "cpu"})
+            batches = train.Batches(tokens, config, processes)
+            for micro in range(batches.mine):
+                x, y = batches.get(7, micro)
+                assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
+                rows += x[:, 0].tolist()
+        return rows
+    assert step(1) == step(2) == step(4) and len(set(step(1))) == 12
+
+
+def test_torchrun(data, tmp_path):
+    """The README's torchrun line in its smallest form, and a batch that does not divide over the ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL,
+               *W8A8, f"--data_dir={data}", f"--out_dir={tmp_path / 'a'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert log(tmp_path / "a")[-1]["status"] == "finished" and done.stdout.count("sample:") == 1
+    command[-1] = f"--out_dir={tmp_path / 'b'}"
+    failed = subprocess.run([*command, "--gradient_accumulation_steps=3"], cwd=ROOT, capture_output=True, text=True,
+                            timeout=300)
+    assert failed.returncode != 0 and failed.stderr.count("error: --gradient_accumulation_steps=3") == 1
+
+
+# -----------------------------------------------------------------------------
+# bad input: one line, exit code 2, nothing lost
+
+@pytest.mark.parametrize("flags, message", [
+    (["--wbit=8"], "unknown argument --wbit=8; did you mean --wbits?"),
+    (["--preset=w8a9"], "--preset=w8a9: did you mean w8a8?"),
+    (["--wbits=9"], "--wbits=9 is not supported: use 2 to 8, or 32"),
+    (["--agran=per_row"], "argument --agran: invalid choice: 'per_row'"),
+    (["--agran=per_tensor"], "--agran=per_tensor has no effect without --abits below 32"),
+    (["--wbits=8", "--wgran=per_block", "--wblock=100"], "--wblock=100 must divide in_features=32"),
+    (["--gbits=8", "--ggran=per_block", "--wblock=48"], "--wblock=48 must divide the 128 tokens"),
+    (["--wbits=8", "--skip_blocks=1"], "--skip_blocks=1 "),
+    (["--n_head=3"], "--n_head=3 must divide --n_embd=32"),
+    (["--dataset=nothing"], "there is no prepared dataset in"),
+    (["--device=cuda"], "--device=cuda, but this torch sees no GPU"),
+    (["--learning_rate=-1"], "--learning_rate=-1.0 must be at least 0"),
+    (["--learning_rate=nan"], "--learning_rate=nan must be at least 0"),
+    (["--beta2=1"], "--beta2=1.0 must lie in [0, 1)"),
+    (["--block_size=1000000"], "use a smaller --block_size"),
+    (["--compare_to=nowhere"], "--compare_to=nowhere: there is no"),
+    (["--init_from=nowhere"], "nowhere"),
+    (["--max_iters=1e3"], "invalid int value: '1e3'"),
+])
+def test_bad_flags(flags, message, run, tmp_path):
+    """One line says what is wrong and what is allowed; no traceback, exit code 2, nothing written."""
+    if "--device=cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, _, err = run(tmp_path / "a", *flags)
+    *usage, line = err.splitlines()
+    assert code == 2 and message in line and all(text.startswith("usage:") for text in usage)
+    assert not (tmp_path / "a").exists()
+
+
+def test_out_dir_of_another_run(run, tmp_path):
+    """A second run into the same folder is refused, and leaves the first one as it was."""
+    run(tmp_path / "a", "--max_iters=2")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    code, _, err = run(tmp_path / "a", "--max_iters=2")
+    assert code == 2 and "holds another run" in err
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "train.bin").write_bytes(b"\0\0" * 9), "train.bin: 18 bytes, expected"),
+    (lambda f: (f / "val.bin").write_bytes((f / "val.bin").read_bytes()[:-2] + b"\1\0"), "checksum differs"),
+    (lambda f: (f / "meta.json").write_text("{}"), "meta.json cannot be used"),
+    (lambda f: (f / "train.bin").unlink(), "train.bin is missing"),
+])
+def test_damaged_data(damage, message, run, data, tmp_path):
+    """Truncated, changed and missing shards are found before training begins."""
+    import shutil
+    shutil.copytree(data / "text", tmp_path / "data" / "text")
+    damage(tmp_path / "data" / "text")
+    code, _, err = run(tmp_path / "a", f"--data_dir={tmp_path / 'data'}")
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_damaged_checkpoint(run, data, tmp_path):
+    """A truncated checkpoint and one of another vocabulary or data are refused in one line."""
+    run(tmp_path / "a", "--max_iters=2")
+    checkpoint = load_checkpoint(tmp_path / "a")
+    whole = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    for content, message in ((whole[:len(whole) // 2], "truncated"),
+                             ({**checkpoint, "data": "0"}, "not the one this run"),
+                             ({**checkpoint, "config": {**checkpoint["config"], "n_layer": 2}}, "h.1")):
+        if isinstance(content, bytes):
+            (tmp_path / "a" / "ckpt.pt").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "a" / "ckpt.pt")
+        code, _, err = run(tmp_path / "a", "--resume", "--max_iters=4", small=[])
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_missing_trackers(name, run, tmp_path, monkeypatch):
+    """A tracker that is not installed is an error that names the command."""
+    monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = run(tmp_path / "a", f"--{name}")
+    assert code == 2 and f"pip install {name}" in err
+
+
+def test_flatten_of_the_whole_config_is_plain():
+    """What the checkpoint stores can be read with weights_only, and no two dataclasses share a flag."""
+    assert all(isinstance(v, (str, int, float, bool, tuple, type(None))) for v in flatten(train.TrainConfig()).values())
+
+
+def test_evaluation_is_train_pys_number(run, data, tmp_path, capsys):
+    """What eval.py prints is what the run logged, bit for bit; off is the same weights unquantized."""
+    from eval import val_windows
+    from model import model_from
+    from prepare_data import open_dataset
+    from quant import QuantConfig
+    run(tmp_path / "a", *W8A8)
+    logged = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]["val_loss"]
+    checkpoint = load_checkpoint(tmp_path / "a")
+    _, val, _ = open_dataset(DataConfig("text", str(data)))
+    windows = val_windows(val, 32, 512)
+    assert evaluate(model_from(checkpoint), windows, 4) == logged
+    assert evaluate(model_from(checkpoint, QuantConfig()), windows, 4) != logged
