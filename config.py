@@ -124,7 +124,7 @@ def _parser(cls: type, presets: dict[str, dict], doc: str) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for owner in dict.fromkeys(_owners(cls).values()):
         file = sys.modules[owner.__module__].__file__.rsplit("/", 1)[-1]
-        group = parser.add_argument_group(f"{file}: {inspect.getdoc(owner)}")
+        group = parser.add_argument_group(f"{file}: {inspect.getdoc(owner).rstrip('.')}")
         hints, helps = typing.get_type_hints(owner), _helps(owner)
         for f in fields(owner):
             if f.name in _nested(owner):

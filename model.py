@@ -55,6 +55,13 @@ class GPTConfig:
 Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_features, bias) -> layer
 
 
+def check_skip_blocks(config: QuantConfig, n_layer: int) -> None:
+    """Refuse blocks that the model does not have: the flag could not take effect."""
+    for i in config.skip_blocks:
+        if not 0 <= i < n_layer:
+            raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are 0 to {n_layer - 1}")
+
+
 def quant_linears(config: QuantConfig) -> Linear:
     """Return the factory of a GPT's linear layers: QuantLinear, each with the recipe that its place asks for."""
     def linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
@@ -97,6 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, dxs, dw = torch.zeros((), device=x.device), [], None
         chunks = math.ceil(x.shape[0] * w.shape[0] / MAX_LOGITS)
         size = math.ceil(x.shape[0] / chunks)
+        blocks = getattr(recipe.grad_weight_grad_output, "tile", (None, None))[1] or 1  # along the tokens
+        size = max(size // blocks, 1) * blocks  # whole blocks in every chunk
         for start in range(0, x.shape[0], size):
             stop = min(start + size, x.shape[0])
             t, v = targets[start:stop].clamp_min(0), valid[start:stop]  # (m,)
@@ -116,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dw * g, None, None, None, None
+        return dx * g, dw * g, None, None, None, None
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
@@ -245,13 +254,15 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
                  seed: int = 0) -> Tensor:
         """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, was_training = torch.Generator().manual_seed(seed), self.training
+        self.eval()  # dropout draws from another generator
         for _ in range(new_tokens):
             x = self.hidden(idx[:, -self.config.block_size:])[:, -1:]  # (B, 1, C)
             logits = self.lm_head(x)[:, 0, :self.vocab_size].float().cpu() / temperature  # (B, V)
             least = logits.topk(min(top_k, self.vocab_size)).values[:, -1:]
             probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
             idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator).to(idx.device)), 1)
+        self.train(was_training)
         return idx
 
     def flops_per_token(self) -> float:
@@ -278,7 +289,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error.args[-1]}; the checkpoint before it is untouched") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # what torch's writer hid
+        raise OSError(f"could not write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -294,8 +306,9 @@ def load_checkpoint(path: Path) -> dict:
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds something else than tensors and plain values; "
                          "it was not loaded, since it might run code") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a checkpoint ({str(error).splitlines()[0][:80]}); "
+    except Exception as error:  # garbage makes torch's reader raise anything: KeyError, struct.error, an empty EOFError
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path} is truncated or not a checkpoint ({reason}); "
                          "use another one, such as ckpt_best.pt") from None
     if not isinstance(checkpoint, dict) or not {"config", "vocab_size", "model"} <= set(checkpoint):
         raise ValueError(f"{path} is not a checkpoint of nanoQPT: it lacks config, vocab_size or model")
@@ -330,7 +343,9 @@ def model_from(checkpoint: dict, quant: QuantConfig | None = None, dtype: torch.
     """Rebuild the model of a checkpoint, on the CPU; `quant` replaces the quantizers it was trained with."""
     flat = checkpoint["config"]
     quant = own(QuantConfig, flat) if quant is None else quant
-    model = GPT(own(GPTConfig, flat), checkpoint["vocab_size"], quant_linears(quant), dtype)
+    shape = own(GPTConfig, flat)
+    check_skip_blocks(quant, shape.n_layer)
+    model = GPT(shape, checkpoint["vocab_size"], quant_linears(quant), dtype)
     load_weights(model, checkpoint["model"], "checkpoint")
     return model
 
@@ -338,6 +353,8 @@ def model_from(checkpoint: dict, quant: QuantConfig | None = None, dtype: torch.
 # -----------------------------------------------------------------------------
 # Hugging Face's layout: the same names, but its Conv1D keeps the four linears as (in, out)
 
+HF_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "n_inner": None,
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what is not a choice here
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -364,8 +381,11 @@ def load_hf(path: Path, block_size: int | None = None) -> tuple[GPTConfig, int, 
     try:
         hf = json.loads((path / "config.json").read_text())
         weights = _safetensors().torch.load_file(path / "model.safetensors")
-        config = GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"])
-    except (json.JSONDecodeError, KeyError, _safetensors().SafetensorError) as error:
+        config, vocab_size = GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"]), hf["vocab_size"]
+        for key, ours in HF_FIXED.items():
+            if hf.get(key, ours) != ours:
+                raise ValueError(f"{key}={hf[key]}, here it is {ours}")
+    except (ValueError, TypeError, KeyError, _safetensors().SafetensorError) as error:
         raise ValueError(f"--init_from={path}: not a GPT-2 in Hugging Face's layout ({error})") from None
     weights = {k.removeprefix("transformer."): v.float() for k, v in weights.items()}
     weights = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in weights.items()
@@ -373,7 +393,7 @@ def load_hf(path: Path, block_size: int | None = None) -> tuple[GPTConfig, int, 
     if block_size and block_size < config.block_size:
         config.block_size = block_size
         weights["wpe.weight"] = weights["wpe.weight"][:block_size]
-    return config, hf["vocab_size"], weights
+    return config, vocab_size, weights
 
 
 def export_hf(model: GPT, folder: Path) -> None:
@@ -385,7 +405,11 @@ def export_hf(model: GPT, folder: Path) -> None:
     state["wte.weight"] = state["wte.weight"][:model.vocab_size]
     state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous() for k, v in state.items()}
     c = model.config
-    _safetensors().torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        _safetensors().torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except _safetensors().SafetensorError as error:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        raise OSError(f"could not write {folder}/model.safetensors: {error}") from error
     (folder / "config.json").write_text(json.dumps({
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,

@@ -39,7 +39,16 @@ from tqdm import tqdm
 
 from config import differences, flatten, one_line_errors, parse
 from eval import bits_per_byte, choose_device, evaluate, sample, unigram_entropy, val_windows
-from model import GPT, GPTConfig, load_checkpoint, load_hf, load_weights, quant_linears, save_checkpoint
+from model import (
+    GPT,
+    GPTConfig,
+    check_skip_blocks,
+    load_checkpoint,
+    load_hf,
+    load_weights,
+    quant_linears,
+    save_checkpoint,
+)
 from prepare_data import DataConfig, PrepareConfig, open_dataset, prepare
 from quant import QuantConfig, QuantLinear
 
@@ -90,9 +99,7 @@ class TrainConfig:
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
             raise ValueError(f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up, "
                              f"--warmup_iters={self.warmup_iters}")
-        if not all(0 <= i < self.model.n_layer for i in self.quant.skip_blocks):
-            raise ValueError(f"--skip_blocks={','.join(map(str, self.quant.skip_blocks))} names a block that "
-                             f"--n_layer={self.model.n_layer} does not have; they count from 0")
+        check_skip_blocks(self.quant, self.model.n_layer)
         tokens = self.batch_size * self.model.block_size
         if self.quant.ggran == "per_block" and self.quant.ggemm != "grad_input" and tokens % self.quant.wblock:
             raise ValueError(f"--wblock={self.quant.wblock} must divide the {tokens} tokens of a micro-batch "
@@ -229,7 +236,7 @@ def get_data(config: TrainConfig, processes: Processes) -> tuple[np.memmap, np.m
     folder = Path(config.data.data_dir, config.data.dataset)
     if config.data.dataset == "stdlib" and not folder.exists():
         processes.print(f"{folder} is missing: preparing it from the standard library of this Python")
-        processes.after_main(lambda: prepare(PrepareConfig(data=config.data)))
+        processes.after_main(lambda: prepare(PrepareConfig(data=config.data, processes=1)))
     return open_dataset(config.data)
 
 
