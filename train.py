@@ -108,9 +108,9 @@ class TrainConfig:
 
 SIZES = {
     # minutes on two cores of a laptop
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=16, gradient_accumulation_steps=1,
-                 learning_rate=2e-3, min_lr=2e-4, warmup_iters=50, max_iters=700, eval_interval=100,
-                 eval_tokens=2**16),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1,
+                 learning_rate=3e-3, min_lr=3e-4, warmup_iters=100, beta2=0.99, max_iters=2000, eval_interval=500,
+                 eval_tokens=2**16, log_interval=50),
     "gpt2": {},  # 124M: the defaults above
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),  # 350M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5, batch_size=8,

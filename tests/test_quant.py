@@ -916,6 +916,8 @@ def test_weight_and_activation_slots():
         assert make_recipe(QuantConfig(abits=5, agran=word)) == Recipe(output_input=Quantizer(5, tile))
         assert make_recipe(QuantConfig(abits=5, agran=word, asym=True)).output_input == Quantizer(5, tile, True)
     assert make_recipe(QuantConfig(wbits=8, wgran="per_block", wblock=32)).output_weight.tile == (1, 32)
+    recipe = make_recipe(QuantConfig(wbits=8, abits=8, asym=True, gbits=8))  # a zero point is for activations only
+    assert (recipe.output_input.asym, recipe.output_weight.asym, recipe.grad_weight_grad_output.asym) == (True, False, False)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -1,0 +1,118 @@
+"""What quantization costs in time: one training step of every variant, interleaved in one process.
+
+    python bench.py --n_layer=4 --n_embd=128 --n_head=4 --block_size=128 --batch_size=8      # the tiny preset
+    python bench.py --n_layer=2 --n_embd=768 --n_head=12 --block_size=512 --batch_size=4     # wide
+
+Each round times one step (forward, backward, clipping, AdamW) of each variant after the other, so that a machine whose
+speed drifts drifts for all of them; the ratio is the median over rounds of (variant / unquantized) in the same round.
+
+`plain` is the loop of nanoGPT on the same shape: nn.Linear, autocast for bfloat16, F.cross_entropy on the full logits.
+The others are train.py's presets on train.py's model.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import build, one_line_errors, parse
+from eval import choose_device
+from model import GPT, GPTConfig, quant_linears
+from quant import QuantConfig
+from train import PRESETS, TrainConfig, fast_bfloat16, make_optimizer
+
+
+@dataclass
+class BenchConfig:
+    """Time training steps."""
+    variants: str = "plain,E0,w8a8,C2"  # plain, and presets of train.py; all are compared with E0, the unquantized one
+    rounds: int = 20  # steps of each variant that are counted
+    batch_size: int = 8  # sequences
+    vocab_size: int = 257  # tokens
+    compile: bool = True  # torch.compile the models
+    device: Literal["cpu", "cuda"] | None = None  # auto: a GPU if there is one
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: bfloat16 where that is fast
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def __post_init__(self):
+        unknown = [v for v in self.variants.split(",") if v != "plain" and v not in PRESETS]
+        if unknown or "E0" not in self.variants.split(","):
+            raise ValueError(f"--variants={self.variants} must hold E0, and else plain or presets of train.py")
+        if min(self.rounds, self.batch_size, self.vocab_size) < 1:
+            raise ValueError("--rounds, --batch_size and --vocab_size must be at least 1")
+
+
+def plain_step(config: BenchConfig, device: str):
+    """Return nanoGPT's step on this shape, as a function without arguments."""
+    model = GPT(config.model, config.vocab_size, lambda name, k, n, bias: nn.Linear(k, n, bias)).to(device)
+
+    def loss(idx, targets):
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            logits = model(idx)
+            return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
+    return _step(model, torch.compile(loss, dynamic=False) if config.compile else loss, config, device)
+
+
+def our_step(preset: str, config: BenchConfig, device: str):
+    """Return a step of train.py's model under a preset, as a function without arguments."""
+    quant = build(QuantConfig, {k: v for k, v in PRESETS[preset].items() if k in QuantConfig.__dataclass_fields__})
+    model = GPT(config.model, config.vocab_size, quant_linears(quant), getattr(torch, config.dtype)).to(device)
+    return _step(model, torch.compile(model, dynamic=False) if config.compile else model, config, device)
+
+
+def _step(model: GPT, loss, config: BenchConfig, device: str):
+    optimizer = make_optimizer(model, TrainConfig(model=config.model))
+    tokens = torch.randint(config.vocab_size, (config.batch_size, config.model.block_size + 1), device=device)
+
+    def step():
+        loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits for the device
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if "cuda" in device:
+            torch.cuda.synchronize()
+    return step
+
+
+def main() -> None:
+    """Print the table."""
+    config = parse(BenchConfig, presets={}, doc=__doc__)
+    with one_line_errors():
+        device = choose_device(config.device)
+        config.dtype = config.dtype or ("bfloat16" if fast_bfloat16(device) else "float32")
+        names = config.variants.split(",")
+        steps = [plain_step(config, device) if n == "plain" else our_step(n, config, device) for n in names]
+    first = []
+    for step in steps:
+        start = time.perf_counter()
+        step()
+        first.append(time.perf_counter() - start)
+        step()
+    times = [[] for _ in steps]
+    for _ in range(config.rounds):
+        for step, mine in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            mine.append(time.perf_counter() - start)
+    base, m = times[names.index("E0")], config.model
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), "CPU") if Path("/proc/cpuinfo").exists() else "CPU"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if 'cuda' in device else cpu}, "
+          f"{torch.get_num_threads()} threads, {config.dtype}, compile={config.compile}")
+    print(f"n_layer {m.n_layer}, n_embd {m.n_embd}, n_head {m.n_head}, {config.batch_size} x {m.block_size} tokens, "
+          f"vocabulary {config.vocab_size}, medians of {config.rounds} rounds")
+    print("| variant | ms per step | tokens/s | x E0 | first step, s |\n|---|---|---|---|---|")
+    for name, mine, compiled in zip(names, times, first, strict=True):
+        ms = statistics.median(mine)
+        ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
+        speed = config.batch_size * m.block_size / ms
+        print(f"| {name} | {ms * 1e3:.1f} | {speed:,.0f} | {ratio:.3f} | {compiled:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
