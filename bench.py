@@ -62,7 +62,9 @@ def our_step(preset: str, config: BenchConfig, device: str):
     """Return a step of train.py's model under a preset, as a function without arguments."""
     quant = build(QuantConfig, {k: v for k, v in PRESETS[preset].items() if k in QuantConfig.__dataclass_fields__})
     model = GPT(config.model, config.vocab_size, quant_linears(quant), getattr(torch, config.dtype)).to(device)
-    return _step(model, torch.compile(model, dynamic=False) if config.compile else model, config, device)
+    if config.compile:
+        model.compile_parts()
+    return _step(model, model, config, device)
 
 
 def _step(model: GPT, loss, config: BenchConfig, device: str):

@@ -2,8 +2,8 @@
 
 Validation loss has one definition in this repository, and train.py uses this one: the validation split is cut into
 fixed, non-overlapping windows of block_size tokens; the loss is the mean over all their tokens, in nats. The number
-is the same, to rounding, at any batch size, on any device and at any number of processes. It runs the uncompiled model,
-so that what train.py logged and what this file prints are one number.
+is the same, to rounding, at any batch size, on any device and at any number of processes. It runs uncompiled, so
+that what train.py logged and what this file prints are one number.
 
     python eval.py --ckpt=out                       # as trained
     python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
@@ -84,6 +84,7 @@ def shares_scales(model: GPT) -> bool:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # a compiled model too, see above
 def evaluate(model: GPT, windows: np.ndarray, batch_size: int) -> float:
     """Return the mean loss over the windows, nats per token; under torch.distributed every rank gets the same number.
 
@@ -120,6 +121,7 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 # -----------------------------------------------------------------------------
 # samples
 
+@torch.compiler.set_stance("force_eager")  # every length would compile anew
 def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0) -> str:
     """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
     tokenizer = get_tokenizer(tokenizer_name)

@@ -440,8 +440,9 @@ class Run:
             self.step, self.evaluated, self.best = (checkpoint[k] for k in ("step", "evaluated", "best"))
         self.windows = val_windows(self.val_tokens, config.model.block_size, config.eval_tokens)
         self.batches = Batches(self.train_tokens, config, processes)
-        # Compile first, then DDP around it: the order in which both keep their optimizations.
-        self.model = torch.compile(self.raw, dynamic=False) if config.compile else self.raw
+        self.model = self.raw
+        if config.compile:
+            self.raw.compile_parts()  # first, then DDP around it: its hooks stay outside of the graphs
         if dist.is_initialized():
             ids = [torch.device(processes.device).index] if "cuda" in processes.device else None
             self.model = DDP(self.model, device_ids=ids, gradient_as_bucket_view=True)
