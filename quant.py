@@ -140,7 +140,7 @@ def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args, Returns: as symmetric_scale, twice; the zero point is an integer in fp32.
     Source: the paper, sec. 3. Deviation: the scale never falls below 2^-22 of the largest |value|, where fp32 itself
-    has no finer steps (the codes of a constant tile would otherwise need an infinite zero point).
+    has hardly finer steps (the codes of a constant tile would otherwise need an infinite zero point).
     """
     lo, hi = t.amin(dim=(1, 3), keepdim=True), t.amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
     floor = (torch.maximum(lo.abs(), hi.abs()) * 2.0**-22).clamp_min(SCALE_FLOOR)
@@ -192,6 +192,8 @@ class Quantizer:
 
     def __post_init__(self):
         _check_bits("bits", self.bits)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding={self.rounding!r}: use 'nearest' or 'stochastic'")
 
     def quantize(self, x: Tensor) -> Quantized:
         """Return the codes and scales of x (R, C). The arithmetic is fp32: in bf16 it would be off by up to a step."""
@@ -236,7 +238,8 @@ class _RoundSTE(torch.autograd.Function):
         qmax = 2 ** (bits - 1) - 1
         q = torch.round(x.float() * (1.0 / scale)) + (0 if zero_point is None else zero_point)
         ctx.save_for_backward((q >= (-qmax if zero_point is None else -qmax - 1)) & (q <= qmax))
-        return dequantize(codes, scale, zero_point).to(x.dtype)
+        y = dequantize(codes, scale, zero_point).to(x.dtype)
+        return torch.where(x.isnan(), x, y)  # an integer code cannot hold a nan, and it must not vanish
 
     @staticmethod
     def backward(ctx, g):
@@ -273,6 +276,8 @@ class Recipe:
     backward: str = "ste"
 
     def __post_init__(self):
+        if self.backward not in ("ste", "fp"):
+            raise ValueError(f"backward={self.backward!r}: use 'ste' or 'fp'")
         if self.backward == "ste" and (self.grad_input_weight or self.grad_weight_input):
             raise ValueError("backward='ste' reuses forward's x and w; use backward='fp' to give backward its own")
 
@@ -294,7 +299,8 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
     w = Quantizer(config.wbits, w_tile) if config.wbits < 32 else None
     a = Quantizer(config.abits, a_tile, config.asym) if config.abits < 32 else None
     g = Quantizer(config.gbits, g_tile, rounding=config.rounding) if config.gbits < 32 else None
-    g_t = Quantizer(config.gbits, block if g_tile == block else g_tile[::-1], rounding=config.rounding) if g else None
+    g_t_tile = block if config.ggran == "per_block" else g_tile[::-1]
+    g_t = Quantizer(config.gbits, g_t_tile, rounding=config.rounding) if g else None
     if not (w or a or g):
         return None
     return Recipe(output_input=a, output_weight=w,

@@ -104,6 +104,13 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, line):
     assert f"error: {line}" in fails(capsys, *argv)
 
 
+def test_start_stands_in_for_the_defaults():
+    """A resumed run's own values come before presets and flags, which still win."""
+    start = {"max_iters": 7, "bits": 4, "seed": 1}
+    assert read("--preset=long", "--seed=2", start=start) == Config("long", 99, seed=2, inner=Inner(bits=4))
+    assert start == {"max_iters": 7, "bits": 4, "seed": 1}
+
+
 def test_a_bad_value_overridden_by_a_flag_is_no_error():
     """Only the final values are checked: a flag repairs what a preset would break."""
     assert read("--preset=many", "--bits=8").inner.bits == 8
@@ -143,7 +150,7 @@ def test_help_lists_every_flag_with_its_comment(capsys):
         read("--help", doc="What this program does.")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "What this program does." in text
-    assert "test_config.py: The loop." in text and "test_config.py: How things are rounded." in text
+    assert "test_config.py: The loop" in text and "test_config.py: How things are rounded" in text
     for flag in ("--preset STR names of presets []; one or several of: short, long, many",
                  "--max_iters INT steps [1000]", "--weight_decay FLOAT 100% of nothing [0.1]",
                  "--compile [BOOL] compile first [True]", "--seed INT seed of everything [",

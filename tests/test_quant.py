@@ -335,7 +335,7 @@ def test_power_of_two_scale_equivariance(case, power):
     """2^k x has the codes of x and 2^k times its scale, as long as no range leaves the normal numbers."""
     x, quantizer = case
     here, there = quantizer.quantize(x), quantizer.quantize(x * 2.0**power)
-    assume((here.scale > SCALE_FLOOR * 2.0**32).all() and (here.scale < 1e29).all() or not x.any())
+    assume((here.scale > SCALE_FLOOR * 2.0**32).all() and x.abs().max() < 1e29 or not x.any())
     assert torch.equal(here.codes, there.codes)
     assert not x.any() or bitwise(here.scale * 2.0**power, there.scale)
     assert here.zero_point is None or bitwise(here.zero_point, there.zero_point)
@@ -528,7 +528,6 @@ def test_ste_mask_is_the_clip_range(x, bits, scale, zero_point):
         assert torch.equal(dx, torch.where((steps >= qmin) & (steps <= qmax), g, 0.0))
 
 
-@pytest.mark.xfail(strict=True, reason="a static scale turns nan into code 0, as torch.fake_quantize does")
 def test_ste_does_not_hide_nan():
     """With a given scale, too, nan in is nan out; inf saturates."""
     y = round_ste(torch.tensor([NAN, INF, -INF, 1.0]), torch.tensor(1.0))
@@ -699,6 +698,7 @@ def layers(draw):
 @example((1, 1, 1, QuantConfig(wbits=8, abits=8, gbits=8, ggemm="both")), 0, 0)
 @example((7, 1, 5, QuantConfig(wbits=8, abits=4, asym=True, backward="fp")), 1, 0)
 @example((4, 6, 9, QuantConfig(wbits=4, wgran="per_tensor", gbits=8, split_qkv=True, ggemm="both")), 2, -8)
+@example((4, 6, 384, QuantConfig(gbits=8, split_qkv=True)), 2, 0)  # a third as long as --wblock's default
 @example((4, 6, 8, QuantConfig(gbits=8, ggran="per_block", wblock=2, ggemm="both")), 3, -3)
 def test_quant_linear_against_its_twin(layer, seed, exponent):
     """Forward and all three gradients equal the twin's, to an fp32 GEMM's roundings; db is the sum of untouched g."""
@@ -917,7 +917,7 @@ def test_weight_and_activation_slots():
         assert make_recipe(QuantConfig(abits=5, agran=word, asym=True)).output_input == Quantizer(5, tile, True)
     assert make_recipe(QuantConfig(wbits=8, wgran="per_block", wblock=32)).output_weight.tile == (1, 32)
     recipe = make_recipe(QuantConfig(wbits=8, abits=8, asym=True, gbits=8))  # a zero point is for activations only
-    assert (recipe.output_input.asym, recipe.output_weight.asym, recipe.grad_weight_grad_output.asym) == (True, False, False)
+    assert recipe.output_input.asym and not recipe.output_weight.asym and not recipe.grad_weight_grad_output.asym
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
