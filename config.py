@@ -193,5 +193,7 @@ def one_line_errors(quiet: bool = False):
         if not quiet:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports a command that Ctrl-C ended
 
 

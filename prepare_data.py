@@ -565,11 +565,8 @@ def open_dataset(config: DataConfig, verify: bool = False) -> tuple[np.memmap, n
 def main() -> None:
     """Run from the command line."""
     config = parse(PrepareConfig, doc=__doc__)
-    try:
-        with one_line_errors():
-            prepare(config)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was kept")
+    with one_line_errors():
+        prepare(config)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,8 @@ def resolve(config: TrainConfig, processes: Processes) -> None:
         raise ValueError(f"--gradient_accumulation_steps={config.gradient_accumulation_steps} (micro-batches over all "
                          f"processes) must be a multiple of the {processes.world} processes")
     processes.print("chosen: " + ", ".join(chosen))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # fp32 GEMMs on GPUs
+    if config.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # fp32 GEMMs in TF32
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -345,10 +346,10 @@ class Log:
         self.wandb = self.board = None
         if not main:
             return
-        kept = [] if not config.resume else [
-            line for line in self.path.read_text().splitlines() if json.loads(line).get("step", -1) <= start
-            and "status" not in line]  # what a killed run logged after its checkpoint will be logged again
-        self.path.write_text("".join(line + "\n" for line in kept))
+        # What a killed run logged after its checkpoint will be logged again.
+        kept = [line for line in read_log(self.path) if line.get("step", -1) <= start and "status" not in line] \
+            if config.resume else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         if config.wandb:
             self.wandb = _optional("wandb").init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
@@ -395,13 +396,18 @@ def _optional(name: str):
         raise ValueError(f"--{name} needs a package that is not installed: pip install {name}") from None
 
 
+def read_log(path: Path) -> list[dict]:
+    """Read a log.jsonl; a last line that a crash has cut off is left out. Raises: FileNotFoundError."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def evaluations(out_dir: str) -> dict[int, float]:
-    """Read {step: val_loss} from a run's log.jsonl. Raises: FileNotFoundError."""
+    """Return {step: val_loss} of the run in out_dir. Raises: FileNotFoundError."""
     path = Path(out_dir, "log.jsonl")
     if not path.exists():
         raise FileNotFoundError(f"--compare_to={out_dir}: there is no {path}")
-    lines = map(json.loads, path.read_text().splitlines())
-    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    return {line["step"]: line["val_loss"] for line in read_log(path) if "val_loss" in line}
 
 
 def introduce(config: TrainConfig, processes: Processes, model: GPT) -> None:

@@ -226,6 +226,8 @@ def test_signal_then_resume_is_bitwise(number, at, run, tmp_path, monkeypatch):
     code, out, _ = run(tmp_path / "cut", *RANDOM)
     assert code == 128 + number and "--resume" in out and log(tmp_path / "cut")[-1]["status"] == "interrupted"
     monkeypatch.setattr(train.Run, "train_step", step)
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # as a crash would leave it
     code, _, _ = run(tmp_path / "cut", "--resume", small=[])
     assert code == 0 and log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
     for name in ("ckpt.pt", "ckpt_best.pt"):
