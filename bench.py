@@ -24,7 +24,7 @@ from config import build, one_line_errors, parse
 from eval import choose_device
 from model import GPT, GPTConfig, quant_linears
 from quant import QuantConfig
-from train import PRESETS, TrainConfig, fast_bfloat16, make_optimizer
+from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, make_optimizer
 
 
 @dataclass
@@ -40,9 +40,9 @@ class BenchConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self):
-        unknown = [v for v in self.variants.split(",") if v != "plain" and v not in PRESETS]
+        unknown = [v for v in self.variants.split(",") if v != "plain" and (v not in PRESETS or v in SIZES)]
         if unknown or "E0" not in self.variants.split(","):
-            raise ValueError(f"--variants={self.variants} must hold E0, and else plain or presets of train.py")
+            raise ValueError(f"--variants={self.variants} must hold E0, and else plain or experiments of train.py")
         if min(self.rounds, self.batch_size, self.vocab_size) < 1:
             raise ValueError("--rounds, --batch_size and --vocab_size must be at least 1")
 
@@ -62,9 +62,7 @@ def our_step(preset: str, config: BenchConfig, device: str):
     """Return a step of train.py's model under a preset, as a function without arguments."""
     quant = build(QuantConfig, {k: v for k, v in PRESETS[preset].items() if k in QuantConfig.__dataclass_fields__})
     model = GPT(config.model, config.vocab_size, quant_linears(quant), getattr(torch, config.dtype)).to(device)
-    if config.compile:
-        model.compile_parts()
-    return _step(model, model, config, device)
+    return _step(model, torch.compile(model, dynamic=False) if config.compile else model, config, device)
 
 
 def _step(model: GPT, loss, config: BenchConfig, device: str):
@@ -110,10 +108,10 @@ def main() -> None:
           f"vocabulary {config.vocab_size}, medians of {config.rounds} rounds")
     print("| variant | ms per step | tokens/s | x E0 | first step, s |\n|---|---|---|---|---|")
     for name, mine, compiled in zip(names, times, first, strict=True):
-        ms = statistics.median(mine)
+        seconds = statistics.median(mine)
         ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
-        speed = config.batch_size * m.block_size / ms
-        print(f"| {name} | {ms * 1e3:.1f} | {speed:,.0f} | {ratio:.3f} | {compiled:.1f} |")
+        speed = config.batch_size * m.block_size / seconds
+        print(f"| {name} | {seconds * 1e3:.1f} | {speed:,.0f} | {ratio:.3f} | {compiled:.1f} |")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _one_spelling(arg: str) -> str:
 
 
 def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None, doc: str = "",
-          base: typing.Callable[[list[str]], list[str]] | None = None, start: dict | None = None) -> typing.Any:
+          base: typing.Callable[[dict], dict] | None = None) -> typing.Any:
     """Read the command line into an instance of `cls`.
 
     Args:
@@ -154,8 +154,8 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
         argv: arguments without the program name; sys.argv[1:] if None.
         presets: {name: flat differences}, composed from left to right by `--preset=a,b`.
         doc: text above the flags of --help.
-        base: takes the preset names given and returns those to use (train.py puts a model size in front).
-        start: flat values that stand in for the defaults (a resumed run's own).
+        base: takes the flags that were given, {name: value}, and returns flat values that stand in for the defaults
+            (train.py: those of a run to resume). It may change what was given (train.py: a preset for the device).
 
     Bad input prints a usage line and one line that says what is wrong, and exits with code 2.
     """
@@ -165,16 +165,13 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], _owners(cls), n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    given, values = vars(given), dict(start or {})
-    names = [name for name in given.get("preset", "").split(",") if name]
-    names = base(names) if base else names
-    for name in names:
+    given = vars(given)
+    values = base(given) if base else {}
+    for name in filter(None, given.get("preset", "").split(",")):
         if name not in presets:
             near = difflib.get_close_matches(name, presets, n=1)
             parser.error(f"--preset={name}: " + (f"did you mean {near[0]}?" if near else "no such preset; see --help"))
         values.update(presets[name])
-    if names:
-        given["preset"] = ",".join(names)
     try:
         return build(cls, {**values, **given})
     except ValueError as error:

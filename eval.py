@@ -2,8 +2,8 @@
 
 Validation loss has one definition in this repository, and train.py uses this one: the validation split is cut into
 fixed, non-overlapping windows of block_size tokens; the loss is the mean over all their tokens, in nats. The number
-is the same, to rounding, at any batch size, on any device and at any number of processes. It runs uncompiled, so
-that what train.py logged and what this file prints are one number.
+is the same, to rounding, at any batch size, on any device and at any number of processes. It runs the
+uncompiled model, so that what train.py logged and what this file prints are one number.
 
     python eval.py --ckpt=out                       # as trained
     python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
@@ -32,8 +32,8 @@ class EvalConfig:
     ckpt: str = "out"  # a checkpoint, or the out_dir of a run
     quantizers: Literal["trained", "off"] = "trained"  # evaluate with the quantizers of training, or without any
     dataset: str | None = None  # the data to evaluate on; auto: the run's own
-    data_dir: str = "data"  # where the shards lie
-    eval_tokens: int = 0  # validation tokens used, 0: all
+    data_dir: str | None = None  # where the shards lie; auto: where the run found them
+    eval_tokens: int | None = None  # validation tokens used, 0: all; auto: as in training
     batch_size: int = 16  # sequences at a time
     device: Literal["cpu", "cuda"] | None = None  # auto: a GPU if there is one
     dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: as trained
@@ -42,18 +42,24 @@ class EvalConfig:
     seed: int = 0  # of the sample
 
     def __post_init__(self):
-        for name in ("eval_tokens", "sample_tokens"):
-            if getattr(self, name) < 0:
+        for name in ("eval_tokens", "sample_tokens", "seed"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
 
 
 def choose_device(device: str | None) -> str:
-    """Return "cuda" or "cpu": the one asked for, or the GPU if there is one. Raises: ValueError if there is none."""
+    """Return "cuda" or "cpu": the one asked for, or the GPU if there is one; fp32 GEMMs on a GPU run in TF32.
+
+    Raises: ValueError if there is no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but this torch sees no GPU; use --device=cpu")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 # -----------------------------------------------------------------------------
@@ -84,7 +90,6 @@ def shares_scales(model: GPT) -> bool:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # a compiled model too, see above
 def evaluate(model: GPT, windows: np.ndarray, batch_size: int) -> float:
     """Return the mean loss over the windows, nats per token; under torch.distributed every rank gets the same number.
 
@@ -121,7 +126,6 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 # -----------------------------------------------------------------------------
 # samples
 
-@torch.compiler.set_stance("force_eager")  # every length would compile anew
 def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0) -> str:
     """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
     tokenizer = get_tokenizer(tokenizer_name)
@@ -140,13 +144,14 @@ def main() -> None:
         device = choose_device(config.device)
         checkpoint = load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]
-        _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir))
+        _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
             raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint {checkpoint['vocab_size']}; "
                              f"choose the --dataset it was trained on ({flat['dataset']})")
         quant = own(QuantConfig, flat) if config.quantizers == "trained" else QuantConfig()
         model = model_from(checkpoint, quant, getattr(torch, config.dtype or flat["dtype"])).to(device)
-        windows = val_windows(val, model.config.block_size, config.eval_tokens)
+        eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
+        windows = val_windows(val, model.config.block_size, eval_tokens)
         loss = evaluate(model, windows, config.batch_size)
         print(f"{config.ckpt} at step {checkpoint['step']}, quantizers {config.quantizers}, {model.dtype}, {device}")
         print(f"val_loss {loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte "

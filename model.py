@@ -220,7 +220,6 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = linear("lm_head", config.n_embd, padded, False)
         self.lm_head.weight = self.wte.weight  # tied, quantized or not
-        self.loss = linear_cross_entropy
         self._initialise()
 
     def _initialise(self) -> None:
@@ -249,17 +248,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         recipe = getattr(self.lm_head, "recipe", None)
-        return self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.vocab_size, recipe)
-
-    def compile_parts(self) -> None:
-        """Compile each block and the loss, in place; what lies between them is a few small operations.
-
-        The blocks share one graph, so that 48 layers compile as fast as one, and run as fast as one graph of everything
-        (results/loop_speed.md). Shapes are static: a batch of another shape compiles anew.
-        """
-        for block in self.h:
-            block.compile(dynamic=False)
-        self.loss = torch.compile(linear_cross_entropy, dynamic=False)
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.vocab_size, recipe)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
@@ -320,7 +309,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # garbage makes torch's reader raise anything: KeyError, struct.error, an empty EOFError
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path} is truncated or not a checkpoint ({reason}); "
-                         "use another one, such as ckpt_best.pt") from None
+                         "if ckpt_best.pt lies beside it, copy that over it") from None
     if not isinstance(checkpoint, dict) or not {"config", "vocab_size", "model"} <= set(checkpoint):
         raise ValueError(f"{path} is not a checkpoint of nanoQPT: it lacks config, vocab_size or model")
     return checkpoint

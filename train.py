@@ -49,7 +49,7 @@ from model import (
     quant_linears,
     save_checkpoint,
 )
-from prepare_data import DataConfig, PrepareConfig, open_dataset, prepare
+from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig, QuantLinear
 
 
@@ -90,7 +90,8 @@ class TrainConfig:
     def __post_init__(self):
         for name, low in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("warmup_iters", 0),
                           ("learning_rate", 0), ("min_lr", 0), ("weight_decay", 0), ("grad_clip", 0),
-                          ("eval_interval", 1), ("eval_tokens", 0), ("log_interval", 1), ("sample_tokens", 0)):
+                          ("eval_interval", 1), ("eval_tokens", 0), ("log_interval", 1), ("sample_tokens", 0),
+                          ("seed", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {low}, and finite")
         for name in ("beta1", "beta2"):
@@ -99,11 +100,6 @@ class TrainConfig:
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
             raise ValueError(f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up, "
                              f"--warmup_iters={self.warmup_iters}")
-        check_skip_blocks(self.quant, self.model.n_layer)
-        tokens = self.batch_size * self.model.block_size
-        if self.quant.ggran == "per_block" and self.quant.ggemm != "grad_input" and tokens % self.quant.wblock:
-            raise ValueError(f"--wblock={self.quant.wblock} must divide the {tokens} tokens of a micro-batch "
-                             "(grad_weight sums over them)")
 
 
 SIZES = {
@@ -147,11 +143,12 @@ FREE_ON_RESUME = {"preset", "out_dir", "resume", "max_iters", "log_interval", "s
                   "compile", "deterministic", "wandb", "tensorboard", "data_dir"}
 
 
-def with_size(names: list[str]) -> list[str]:
-    """Put the model size that fits the device in front of presets that name none."""
-    if any(name in SIZES for name in names):
-        return names
-    return ["gpt2" if torch.cuda.is_available() else "tiny", *names]
+def with_size(given: dict) -> None:
+    """Put the model size that fits the device in front of the presets given, if they name none."""
+    names = [name for name in given.get("preset", "").split(",") if name]
+    if not any(name in SIZES for name in names):
+        on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+        given["preset"] = ",".join(["gpt2" if on_gpu else "tiny", *names])
 
 
 # -----------------------------------------------------------------------------
@@ -164,6 +161,9 @@ class Processes:
         self.device = choose_device(device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0  # the process that prints and writes
+        if self.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} exceeds the "
+                             f"{torch.cuda.device_count()} GPU(s) of this machine")
         if self.device == "cuda":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
@@ -217,15 +217,26 @@ def resolve(config: TrainConfig, processes: Processes) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
             chosen.append(f"{name}={value}")
+    if config.warmup_iters > config.lr_decay_iters:
+        config.warmup_iters = config.lr_decay_iters
+        chosen.append(f"warmup_iters={config.warmup_iters} (the whole run)")
+    split = processes.world // config.gradient_accumulation_steps
+    if split > 1 and processes.world % config.gradient_accumulation_steps == config.batch_size % split == 0:
+        config.batch_size //= split
+        config.gradient_accumulation_steps *= split
+        chosen.append(f"batch_size={config.batch_size}, gradient_accumulation_steps="
+                      f"{config.gradient_accumulation_steps} (one micro-batch each, the same global batch)")
     if config.compile and not can_compile():
         config.compile = False
         chosen.append("compile=False (no C++ compiler, or no Python.h beside it: install g++ and python3-dev)")
     if config.gradient_accumulation_steps % processes.world:
         raise ValueError(f"--gradient_accumulation_steps={config.gradient_accumulation_steps} (micro-batches over all "
                          f"processes) must be a multiple of the {processes.world} processes")
+    tokens = config.batch_size * config.model.block_size
+    if config.quant.ggran == "per_block" and config.quant.ggemm != "grad_input" and tokens % config.quant.wblock:
+        raise ValueError(f"--wblock={config.quant.wblock} must divide the {tokens} tokens of a micro-batch "
+                         "(grad_weight sums over them)")
     processes.print("chosen: " + ", ".join(chosen))
-    if config.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # fp32 GEMMs in TF32
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -234,11 +245,16 @@ def resolve(config: TrainConfig, processes: Processes) -> None:
 
 def get_data(config: TrainConfig, processes: Processes) -> tuple[np.memmap, np.memmap, dict]:
     """Open the token shards; the default data set is prepared on the spot where it is missing."""
-    folder = Path(config.data.data_dir, config.data.dataset)
-    if config.data.dataset == "stdlib" and not folder.exists():
-        processes.print(f"{folder} is missing: preparing it from the standard library of this Python")
-        processes.after_main(lambda: prepare(PrepareConfig(data=config.data, processes=1)))
-    return open_dataset(config.data)
+    def make():
+        folder = Path(config.data.data_dir, config.data.dataset)
+        if config.data.dataset == "stdlib" and not folder.exists():
+            processes.print(f"{folder} is missing: preparing it from the standard library of this Python")
+            prepare(PrepareConfig(data=config.data, processes=1))
+    processes.after_main(make)
+    train_tokens, val_tokens, meta = open_dataset(config.data)
+    if config.sample_tokens:
+        get_tokenizer(meta["tokenizer"])  # missing, it would be missed only when the run is over
+    return train_tokens, val_tokens, meta
 
 
 def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) -> GPT:
@@ -249,6 +265,9 @@ def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) ->
         weights, their_vocab_size = checkpoint["model"], checkpoint["vocab_size"]
     elif config.init_from != "scratch" and path.is_dir() and not (path / "ckpt.pt").exists():
         shape, their_vocab_size, weights = load_hf(path, config.model.block_size)
+        if config.model.block_size > shape.block_size:
+            raise ValueError(f"--block_size={config.model.block_size} exceeds the {shape.block_size} positions of the "
+                             f"model in {path}")
         shape.dropout, config.model = config.model.dropout, shape
     elif config.init_from != "scratch":
         source = load_checkpoint(path)
@@ -256,6 +275,7 @@ def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) ->
     if weights and their_vocab_size != vocab_size:
         raise ValueError(f"--init_from={path} has a vocabulary of {their_vocab_size}, the data one of {vocab_size}; "
                          "prepare the data with the model's tokenizer")
+    check_skip_blocks(config.quant, config.model.n_layer)
     model = GPT(config.model, vocab_size, quant_linears(config.quant), getattr(torch, config.dtype))
     if weights:
         load_weights(model, weights, "checkpoint" if checkpoint else config.init_from)
@@ -349,7 +369,9 @@ class Log:
         # What a killed run logged after its checkpoint will be logged again.
         kept = [line for line in read_log(self.path) if line.get("step", -1) <= start and "status" not in line] \
             if config.resume else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh = self.path.with_name("log.jsonl.tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(fresh, self.path)
         self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         if config.wandb:
             self.wandb = _optional("wandb").init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
@@ -430,8 +452,8 @@ def introduce(config: TrainConfig, processes: Processes, model: GPT) -> None:
 class Run:
     """One training run: its parts, and what has to be in a checkpoint."""
 
-    def __init__(self, config: TrainConfig, processes: Processes, checkpoint: dict | None):
-        self.started = time.perf_counter()
+    def __init__(self, config: TrainConfig, processes: Processes, checkpoint: dict | None, started: float):
+        self.started = started  # time.perf_counter() of the start
         self.config, self.processes = config, processes
         self.train_tokens, self.val_tokens, self.meta = get_data(config, processes)
         if checkpoint and checkpoint["data"] != self.meta["train"]["sha256"]:
@@ -446,29 +468,29 @@ class Run:
             self.step, self.evaluated, self.best = (checkpoint[k] for k in ("step", "evaluated", "best"))
         self.windows = val_windows(self.val_tokens, config.model.block_size, config.eval_tokens)
         self.batches = Batches(self.train_tokens, config, processes)
-        self.model = self.raw
-        if config.compile:
-            self.raw.compile_parts()  # first, then DDP around it: its hooks stay outside of the graphs
+        # Compile first, then DDP around it. Static shapes: every micro-batch has the same.
+        self.model = torch.compile(self.raw, dynamic=False) if config.compile else self.raw
         if dist.is_initialized():
             ids = [torch.device(processes.device).index] if "cuda" in processes.device else None
             self.model = DDP(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
     def checkpoint(self, best: bool = False) -> None:
-        """Write out_dir/ckpt.pt, and give it the second name ckpt_best.pt if it is the best so far."""
+        """Write out_dir/ckpt.pt, which is ckpt_best.pt too if it is the best so far."""
         def work():
-            path = Path(self.config.out_dir, "ckpt.pt")
+            out = Path(self.config.out_dir)
+            path = out / ("ckpt_best.pt" if best else "ckpt.pt")  # best first: a kill in between costs an evaluation
             save_checkpoint(path, {
                 "config": flatten(self.config), "vocab_size": self.raw.vocab_size, "model": self.raw.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "step": self.step, "evaluated": self.evaluated,
                 "best": self.best, "data": self.meta["train"]["sha256"]})
             if best:
-                link = path.with_name("ckpt_best.pt.tmp")
-                link.unlink(missing_ok=True)
+                second = out / "ckpt.pt.tmp"
+                second.unlink(missing_ok=True)
                 try:
-                    os.link(path, link)  # the next ckpt.pt is a new file, so this name keeps the old one
+                    os.link(path, second)  # two names of one file; the next save makes a new one
                 except OSError:  # a file system without links
-                    shutil.copyfile(path, link)
-                os.replace(link, path.with_name("ckpt_best.pt"))
+                    shutil.copyfile(path, second)
+                os.replace(second, out / "ckpt.pt")
         self.processes.after_main(work)
 
     def evaluate(self, log: Log) -> float:
@@ -541,15 +563,18 @@ class Run:
             steps += 1
             if self.step == first + 1:
                 log.say(f"first step after {time.perf_counter() - self.started:.0f} s (compile={config.compile})")
+                if self.step % config.log_interval:  # the first step compiles: the speed is that of the others
+                    since, steps = time.perf_counter(), 0
             if self.step % config.log_interval == 0:
                 speed = steps * self.tokens_per_step / (time.perf_counter() - since)
-                self.speeds.append(speed)
+                if self.step > first + 1:
+                    self.speeds.append(speed)
                 log.training({"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss,
                               "lr": learning_rate(self.step - 1, config), "grad_norm": norm, "tokens_per_s": speed,
                               "mfu": self.raw.flops_per_token() * speed / peak},
                              (config.max_iters - self.step) * self.tokens_per_step / speed)
                 since, steps = time.perf_counter(), 0
-            if stopping:
+            if stopping and self.step < config.max_iters:
                 number = self.stop[0] if self.stop else signal.SIGTERM
                 self.checkpoint()
                 log.say(f"stopped by signal {number} at step {self.step}; to go on: "
@@ -583,15 +608,20 @@ def report(run: Run, seconds: float) -> None:
 
 def load_config() -> tuple[TrainConfig, dict | None]:
     """Read the command line: (config, None), or with --resume the run's own config and its checkpoint."""
-    config = parse(TrainConfig, presets=PRESETS, doc=__doc__, base=with_size)
-    if not config.resume:
+    checkpoint = {}
+
+    def base(given: dict) -> dict:
+        if not given.get("resume"):
+            with_size(given)
+            return {}
+        checkpoint.update(load_checkpoint(Path(given.get("out_dir", TrainConfig.out_dir))))
+        return {**checkpoint["config"], "device": None}
+    config = parse(TrainConfig, presets=PRESETS, doc=__doc__, base=base)
+    if not checkpoint:
         return config, None
-    checkpoint = load_checkpoint(Path(config.out_dir))
-    saved = {**checkpoint["config"], "device": None}
-    config = parse(TrainConfig, presets=PRESETS, start={**saved, "out_dir": config.out_dir, "resume": True})
     for name, value in flatten(config).items():
-        if name not in FREE_ON_RESUME and value != saved[name]:
-            raise ValueError(f"--{name}={value} differs from the {saved[name]} this run began with, "
+        if name not in FREE_ON_RESUME and value != checkpoint["config"][name]:
+            raise ValueError(f"--{name}={value} differs from the {checkpoint['config'][name]} this run began with, "
                              "and would make it another run; choose another --out_dir")
     if checkpoint["step"] >= config.max_iters:
         raise ValueError(f"the run in {config.out_dir} has finished its {checkpoint['step']} steps; "
@@ -601,7 +631,8 @@ def load_config() -> tuple[TrainConfig, dict | None]:
 
 def main() -> None:
     """Train, from the command line to the exit code."""
-    with one_line_errors(quiet=int(os.environ.get("RANK", 0)) > 0):
+    started = time.perf_counter()
+    with one_line_errors(quiet=int(os.environ.get("LOCAL_RANK", 0)) > 0):  # each machine speaks once
         config, checkpoint = load_config()
         out = Path(config.out_dir)
         processes = Processes(config.device)
@@ -611,7 +642,7 @@ def main() -> None:
         if config.compare_to:
             evaluations(config.compare_to)
         resolve(config, processes)
-        run = Run(config, processes, checkpoint)
+        run = Run(config, processes, checkpoint, started)
         introduce(config, processes, run.raw)
         processes.after_main(lambda: out.mkdir(parents=True, exist_ok=True))
         log = Log(config, run.step, processes.main)

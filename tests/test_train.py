@@ -20,7 +20,6 @@ import torch
 
 import train
 from config import build, flatten
-from eval import evaluate
 from model import load_checkpoint
 from prepare_data import DataConfig, PrepareConfig, prepare
 
@@ -269,6 +268,32 @@ def test_resume_refuses_another_run(run, data, tmp_path):
     assert code == 2 and "no checkpoint" in err
 
 
+def test_a_signal_in_the_last_step_changes_nothing(run, tmp_path, monkeypatch):
+    """A run that is told to stop when it is over is a finished run, with its last evaluation and report."""
+    step = train.Run.train_step
+
+    def last(self):
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+    monkeypatch.setattr(train.Run, "train_step", last)
+    code, out, _ = run(tmp_path / "a")
+    assert code == 0 and "sample:" in out and log(tmp_path / "a")[-1]["status"] == "finished"
+
+
+def test_a_run_shorter_than_its_warmup_can_be_resumed(run, tmp_path, monkeypatch):
+    """The warm-up is cut to the run, said aloud, and the run resumes."""
+    flags = ["--warmup_iters=100", "--max_iters=4"]
+    _, out, _ = run(tmp_path / "whole", *flags)
+    assert "warmup_iters=4 (the whole run)" in out
+    step = train.Run.train_step
+    monkeypatch.setattr(train.Run, "train_step", lambda self: os.kill(os.getpid(), signal.SIGTERM) or step(self))
+    assert run(tmp_path / "cut", *flags)[0] == 128 + signal.SIGTERM
+    monkeypatch.setattr(train.Run, "train_step", step)
+    assert run(tmp_path / "cut", "--resume", small=[])[0] == 0
+    assert log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+
+
 def test_divergence_is_a_result(run, tmp_path):
     """A non-finite loss ends the run with code 3 and its own status; the last checkpoint is finite."""
     code, out, err = run(tmp_path / "a", "--learning_rate=1e30", "--min_lr=1e30", "--grad_clip=0", "--warmup_iters=0")
@@ -355,6 +380,16 @@ def test_the_global_batch_is_the_same_at_any_world_size():
     assert step(1) == step(2) == step(4) and len(set(step(1))) == 12
 
 
+@pytest.mark.parametrize("world, batch, accumulation, becomes", [
+    (2, 8, 1, (4, 2)), (4, 8, 2, (4, 4)), (1, 8, 1, (8, 1)), (2, 8, 4, (8, 4))])
+def test_a_micro_batch_is_split_over_processes(world, batch, accumulation, becomes):
+    """More processes than micro-batches: each gets a smaller one, and the global batch stays what it was."""
+    config = build(train.TrainConfig, dict(batch_size=batch, gradient_accumulation_steps=accumulation))
+    processes = type("P", (), {"world": world, "device": "cpu", "print": staticmethod(print)})
+    train.resolve(config, processes)
+    assert (config.batch_size, config.gradient_accumulation_steps) == becomes
+
+
 def test_torchrun(data, tmp_path):
     """The README's torchrun line in its smallest form, and a batch that does not divide over the ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL,
@@ -389,6 +424,7 @@ def test_torchrun(data, tmp_path):
     (["--block_size=1000000"], "use a smaller --block_size"),
     (["--compare_to=nowhere"], "--compare_to=nowhere: there is no"),
     (["--init_from=nowhere"], "nowhere"),
+    (["--seed=-1"], "--seed=-1 must be at least 0"),
     (["--max_iters=1e3"], "invalid int value: '1e3'"),
 ])
 def test_bad_flags(flags, message, run, tmp_path):
@@ -452,18 +488,3 @@ def test_missing_trackers(name, run, tmp_path, monkeypatch):
 def test_flatten_of_the_whole_config_is_plain():
     """What the checkpoint stores can be read with weights_only, and no two dataclasses share a flag."""
     assert all(isinstance(v, (str, int, float, bool, tuple, type(None))) for v in flatten(train.TrainConfig()).values())
-
-
-def test_evaluation_is_train_pys_number(run, data, tmp_path, capsys):
-    """What eval.py prints is what the run logged, bit for bit; off is the same weights unquantized."""
-    from eval import val_windows
-    from model import model_from
-    from prepare_data import open_dataset
-    from quant import QuantConfig
-    run(tmp_path / "a", *W8A8)
-    logged = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]["val_loss"]
-    checkpoint = load_checkpoint(tmp_path / "a")
-    _, val, _ = open_dataset(DataConfig("text", str(data)))
-    windows = val_windows(val, 32, 512)
-    assert evaluate(model_from(checkpoint), windows, 4) == logged
-    assert evaluate(model_from(checkpoint, QuantConfig()), windows, 4) != logged
