@@ -27,7 +27,8 @@ GEMM then sees the very integers that an int8 GEMM would. Where it is not consta
 Vocabulary: `scale` multiplies to DEquantize, a reciprocal is `inv_scale`; `qmin`, `qmax` are inclusive; `amax` is a
 tensor of maxima of |x|; `quantize` makes integer codes, `fake_quantize` goes there and back.
 
-Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"): W, A and G, which granularities, what is left alone.
+Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its official code, chandar-lab/EfficientLLMs at
+d5b6153: the formulas, which granularities, what is left alone.
 Everything here is arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the
 operands kept for backward are int8 codes.
 """
@@ -126,7 +127,7 @@ def symmetric_scale(t: Tensor, bits: int) -> Tensor:
     The range is [-qmax, qmax], so nothing clips and q(-x) = -q(x). At 8 bits, amax = 2.54 gives scale 0.02.
 
     Args: t (R/tr, tr, C/tc, tc) fp32 tiles; bits 2 to 8. Returns: (R/tr, 1, C/tc, 1) fp32.
-    Source: the paper, sec. 3, with a floor of the smallest normal fp32 number instead of 1e-5 to 1e-9.
+    Source: the paper's official code, with a floor of the smallest normal fp32 number instead of 1e-5 to 1e-9.
     """
     amax = t.abs().amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
     return (amax / (2 ** (bits - 1) - 1)).clamp_min(SCALE_FLOOR)
@@ -139,8 +140,8 @@ def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     a range that excludes zero costs no code. At 8 bits, [0, 2.54] gives scale 0.01 and zero point -128.
 
     Args, Returns: as symmetric_scale, twice; the zero point is an integer in fp32.
-    Source: the paper, sec. 3. Deviation: the scale never falls below 2^-22 of the largest |value|, where fp32 itself
-    has hardly finer steps (the codes of a constant tile would otherwise need an infinite zero point).
+    Source: the paper's official code. Deviation: the scale never falls below 2^-22 of max|x|, where fp32 itself has
+    hardly finer steps (the codes of a constant tile would otherwise need an infinite zero point).
     """
     lo, hi = t.amin(dim=(1, 3), keepdim=True), t.amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
     floor = (torch.maximum(lo.abs(), hi.abs()) * 2.0**-22).clamp_min(SCALE_FLOOR)
@@ -153,7 +154,7 @@ def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
     """Round x up with probability x - floor(x), else down, so that the expectation is x.
 
     0.25 becomes 1 for noise < 0.25 and 0 otherwise; integers never move.
-    Args: x, fp32; noise of the same shape, uniform in [0, 1). Source: Gupta et al. 2015, arXiv 1502.02551, sec. 2.
+    Args: x, fp32; noise of the same shape, uniform in [0, 1). Source: Gupta et al. 2015, arXiv 1502.02551.
     """
     floor = torch.floor(x)
     return floor + (noise < x - floor).to(x.dtype)

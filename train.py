@@ -78,7 +78,7 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] | None = None  # auto: a GPU if there is one
     dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: bfloat16 where that is fast
     compile: bool = True  # torch.compile the model
-    deterministic: bool | None = None  # bitwise reproducible kernels; auto: on a CPU, where it costs nothing
+    deterministic: bool | None = None  # bitwise reproducible kernels; auto: on a CPU
     seed: int = 1337  # of initialisation, data order, dropout and stochastic rounding
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)
     tensorboard: bool = False  # write TensorBoard files to out_dir too (pip install tensorboard)
@@ -112,7 +112,7 @@ SIZES = {
                        gradient_accumulation_steps=64),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5, batch_size=4,
                     gradient_accumulation_steps=128),  # 1558M
-    # arXiv 2407.11722, sec. 4: 300,000 steps of 512 x 1024 tokens
+    # arXiv 2407.11722: 300,000 steps of 512 x 1024 tokens
     "paper": dict(dataset="openwebtext", max_iters=300000, min_lr=0.0, warmup_iters=1000, beta2=0.999, dropout=0.1,
                   seed=42, dtype="bfloat16"),
 }
