@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from config import build, one_line_errors, parse
 from eval import choose_device
 from model import GPT, GPTConfig, quant_linears
-from quant import QuantConfig
+from optim import OptimConfig
 from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, make_optimizer
 
 
@@ -55,18 +55,19 @@ def plain_step(config: BenchConfig, device: str):
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logits = model(idx)
             return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
-    return _step(model, torch.compile(loss, dynamic=False) if config.compile else loss, config, device)
+    return _step(model, torch.compile(loss, dynamic=False) if config.compile else loss, OptimConfig(),
+                 config, device)
 
 
 def our_step(preset: str, config: BenchConfig, device: str):
     """Return a step of train.py's model under a preset, as a function without arguments."""
-    quant = build(QuantConfig, {k: v for k, v in PRESETS[preset].items() if k in QuantConfig.__dataclass_fields__})
-    model = GPT(config.model, config.vocab_size, quant_linears(quant), getattr(torch, config.dtype)).to(device)
-    return _step(model, torch.compile(model, dynamic=False) if config.compile else model, config, device)
+    train = build(TrainConfig, PRESETS[preset])
+    model = GPT(config.model, config.vocab_size, quant_linears(train.quant), getattr(torch, config.dtype)).to(device)
+    return _step(model, torch.compile(model, dynamic=False) if config.compile else model, train.optim, config, device)
 
 
-def _step(model: GPT, loss, config: BenchConfig, device: str):
-    optimizer = make_optimizer(model, TrainConfig(model=config.model))
+def _step(model: GPT, loss, optim: OptimConfig, config: BenchConfig, device: str):
+    optimizer = make_optimizer(model, TrainConfig(model=config.model, optim=optim, compile=config.compile))
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.model.block_size + 1), device=device)
 
     def step():

@@ -41,6 +41,7 @@ class GPTConfig:
     block_size: int = 1024  # context length in tokens
     dropout: float = 0.0  # on embeddings, attention and residuals; the paper has 0.1
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2
+    stable_embedding: bool = False  # 2110.02861: Xavier-uniform token embedding and a LayerNorm behind it
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -216,6 +217,7 @@ class GPT(nn.Module):
         padded = math.ceil(vocab_size / 64) * 64  # GEMMs like multiples of 64: 50257 -> 50304
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.ln_e = LayerNorm(config.n_embd, bias=config.bias) if config.stable_embedding else nn.Identity()
         self.h = nn.ModuleList(Block(config, linear, f"h.{i}") for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = linear("lm_head", config.n_embd, padded, False)
@@ -231,12 +233,14 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        if self.config.stable_embedding:
+            nn.init.xavier_uniform_(self.wte.weight)
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Return the last hidden states (B, T, C), in self.dtype, of the tokens idx (B, T)."""
         T = idx.shape[1]
         assert T <= self.config.block_size, f"{T} tokens exceed the context of {self.config.block_size}"
-        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C) fp32
+        x = self.ln_e(self.wte(idx)) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C) fp32
         x = F.dropout(x.to(self.dtype), self.config.dropout, self.training)
         for block in self.h:
             x = block(x)
@@ -400,6 +404,9 @@ def export_hf(model: GPT, folder: Path) -> None:
     """Write config.json and model.safetensors that `transformers` reads as GPT2LMHeadModel; fp32, padding rows cut."""
     if not model.config.bias:
         raise ValueError("a model trained with --bias=False does not fit Hugging Face's GPT-2, which has biases")
+    if model.config.stable_embedding:
+        raise ValueError("a model trained with --stable_embedding does not fit Hugging Face's GPT-2, which has no "
+                         "LayerNorm behind the embedding")
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     state["wte.weight"] = state["wte.weight"][:model.vocab_size]

@@ -1,4 +1,4 @@
-"""Pre-train a GPT-2 with quantized weights, activations and gradients.
+"""Pre-train a GPT-2 with quantized weights, activations, gradients and optimizer states.
 
     python train.py --wbits=8 --abits=8                                  # tiny on a laptop, 124M on a GPU
     torchrun --standalone --nproc_per_node=8 train.py --preset=gpt2,w8a8 --dataset=openwebtext
@@ -48,6 +48,7 @@ from model import (
     quant_linears,
     save_checkpoint,
 )
+from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig, QuantLinear
 
@@ -66,9 +67,6 @@ class TrainConfig:
     min_lr: float = 6e-5  # end of the schedule
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which the cosine reaches min_lr; auto: max_iters
-    weight_decay: float = 0.1  # of matrices; vectors have none
-    beta1: float = 0.9  # Adam's first moment
-    beta2: float = 0.95  # Adam's second moment; the paper has 0.999
     grad_clip: float = 1.0  # largest gradient norm, 0: no clipping
     eval_interval: int = 1000  # steps between two evaluations; each writes a checkpoint
     eval_tokens: int = 2**20  # validation tokens per evaluation, 0: all
@@ -77,7 +75,7 @@ class TrainConfig:
     compare_to: str = ""  # out_dir of another run, shown beside this one in the final report
     device: Literal["cpu", "cuda"] | None = None  # auto: a GPU if there is one
     dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: bfloat16 where that is fast
-    compile: bool = True  # torch.compile the model
+    compile: bool = True  # torch.compile the model, and the optimizer where its moments are quantized
     deterministic: bool | None = None  # bitwise reproducible kernels; auto: on a CPU
     seed: int = 1337  # of initialisation, data order, dropout and stochastic rounding
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)
@@ -85,17 +83,14 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
         for name, low in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("warmup_iters", 0),
-                          ("learning_rate", 0), ("min_lr", 0), ("weight_decay", 0), ("grad_clip", 0),
-                          ("eval_interval", 1), ("eval_tokens", 0), ("log_interval", 1), ("sample_tokens", 0),
-                          ("seed", 0)):
+                          ("learning_rate", 0), ("min_lr", 0), ("grad_clip", 0), ("eval_interval", 1),
+                          ("eval_tokens", 0), ("log_interval", 1), ("sample_tokens", 0), ("seed", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {low}, and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, 1)")
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
             raise ValueError(f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up, "
                              f"--warmup_iters={self.warmup_iters}")
@@ -118,7 +113,12 @@ SIZES = {
 }
 PRESETS = SIZES | {
     "w8a8": dict(wbits=8, abits=8),  # weights per_channel, activations per_token: the paper's recipe
-    # the paper's experiments by their ids in README; those of optimizer states are not here yet
+    # weights, activations and Adam's moments in 8 bits: everything that training keeps, but the master weights
+    "adam8": dict(m1bits=8, m2bits=8),
+    "adam4": dict(m1bits=4, m2bits=4),
+    # 2110.02861: its code book, and its stable embedding layer
+    "adam8-dynamic": dict(m1bits=8, m1fmt="dynamic", m2bits=8, m2fmt="dynamic", stable_embedding=True, membed32=True),
+    # the paper's experiments by their ids in README
     "E0": {},
     "W1": dict(wbits=8, wgran="per_tensor"),
     "W2": dict(wbits=8),
@@ -134,6 +134,12 @@ PRESETS = SIZES | {
     "G2": dict(gbits=8, split_qkv=True),
     "G3": dict(gbits=4, split_qkv=True),
     "G5": dict(gbits=8, ggemm="grad_input", split_qkv=True),
+    "S1": dict(m1bits=8, m1fmt="linear", m1gran="per_tensor", membed32=True),
+    "S2": dict(m1bits=8, m1fmt="linear", m1gran="per_channel", membed32=True),
+    "S3": dict(m1bits=4, m1fmt="linear", m1gran="per_tensor", membed32=True),
+    "S4": dict(m1bits=4, m1fmt="linear", m1gran="per_channel", membed32=True),
+    "S6": dict(m2bits=8, m2fmt="linear", m2gran="per_channel", membed32=True),
+    "S6-per_tensor": dict(m2bits=8, m2fmt="linear", m2gran="per_tensor", membed32=True),
     "C1": dict(wbits=8, abits=8),
     "C2": dict(wbits=8, abits=8, gbits=8, split_qkv=True),
 }
@@ -267,6 +273,8 @@ def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) ->
         if config.model.block_size > shape.block_size:
             raise ValueError(f"--block_size={config.model.block_size} exceeds the {shape.block_size} positions of the "
                              f"model in {path}")
+        if config.model.stable_embedding:
+            raise ValueError(f"--stable_embedding: the model in {path} has no LayerNorm behind its embedding; drop it")
         shape.dropout, config.model = config.model.dropout, shape
     elif config.init_from != "scratch":
         source = load_checkpoint(path)
@@ -281,13 +289,10 @@ def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) ->
     return model
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only, not on biases and LayerNorms."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    no_decay = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": decay, "weight_decay": config.weight_decay},
-                              {"params": no_decay, "weight_decay": 0.0}],
-                             lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+def make_optimizer(model: GPT, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices only, and its moments stored as the flags say."""
+    return AdamW(param_groups(model, config.optim), config.learning_rate, config.optim, seed=config.seed,
+                 compile=config.compile)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -355,7 +360,7 @@ class Batches:
 # -----------------------------------------------------------------------------
 # what is printed
 
-def introduce(config: TrainConfig, processes: Processes, model: GPT) -> None:
+def introduce(config: TrainConfig, processes: Processes, model: GPT, optimizer: AdamW) -> None:
     """Print what runs where, and how the model differs from an unquantized one."""
     commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -367,6 +372,7 @@ def introduce(config: TrainConfig, processes: Processes, model: GPT) -> None:
     quantized = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
     total = sum(p.numel() for p in model.parameters())
     processes.print(f"{total:,} parameters, {quantized:,} of them in quantized linear layers")
+    processes.print(optimizer.describe())
 
 
 # -----------------------------------------------------------------------------
@@ -566,7 +572,7 @@ def main() -> None:
             evaluations(config.compare_to)
         resolve(config, processes)
         run = Run(config, processes, checkpoint, started)
-        introduce(config, processes, run.raw)
+        introduce(config, processes, run.raw, run.optimizer)
         processes.after_main(lambda: out.mkdir(parents=True, exist_ok=True))
         log = Log(config, run.step, processes.main)
         if not config.resume:

@@ -1,0 +1,540 @@
+"""AdamW whose two moments are really stored in 8 or 4 bits.
+
+Adam keeps two running means per parameter, m of the gradient and v of its square: 8 bytes in fp32, twice the weights.
+Here they are codes of one byte, or half a byte, and one fp32 scale per block, row or tensor. A step of one tensor:
+
+    (1) read    m, v = decode(codes) * scale                    what the last step has left
+    (2) update  m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+    (3) step    p = (1 - lr wd) p - lr' m / (sqrt(v) + eps')    with the FRESH moments, rounded only when stored
+    (4) store   scale = max|x| / top         codes = encode(x / scale)
+
+That order is the paper's (2407.11722). lr' = lr sqrt(1 - b2^t) / (1 - b1^t) and eps' = eps sqrt(1 - b2^t) hold the bias
+correction (Kingma and Ba 2015, end of section 2). A format is a code book, the value of code k in units of the scale:
+
+    linear    k              the paper's. Fine for m. FAILS for v: a small v becomes 0 while its m does not, and
+                             m / sqrt(v) explodes (updates of thousands of lr). Kept because that is a result.
+    dynamic   a tiny float   2110.02861 and bitsandbytes: 7 decades, each with twice the codes of the one below.
+    power     k^2            fine near zero, where most values are. v has no code for zero: it cannot vanish before its
+                             m does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
+
+The class at the end is bookkeeping: which tensor is stored how, and state_dict. 32 bits is torch's own AdamW.
+
+Shapes: a tensor is n rows of B elements: its own rows (per_channel), else blocks of the flattened tensor. Codes are
+uint8 (n, B), or (n, B/2) for 4 bits: element j of the first half of a row in the low bits, j of the second half above.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import sqrt
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from quant import SCALE_FLOOR
+
+MIN_SIZE = 4096  # elements; smaller tensors keep fp32 moments (2110.02861, section 2)
+PIECE = 2**20  # elements at a time where a step has temporaries: they stay in the cache, and small
+
+Bits = Literal[4, 8, 32]
+Format = Literal["power", "dynamic", "linear"]
+Granularity = Literal["per_tensor", "per_channel", "per_block"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and how its moments are stored."""
+    weight_decay: float = 0.1  # of matrices; vectors have none
+    beta1: float = 0.9  # Adam's first moment
+    beta2: float = 0.95  # Adam's second moment; the paper has 0.999
+    m1bits: Bits = 32  # bits of the first moment; 32 and 32 is torch's AdamW
+    m1fmt: Format = "power"  # code book of the first moment
+    m1gran: Granularity = "per_block"  # what shares a scale in the first moment
+    m1round: Rounding = "nearest"  # rounding of the stored first moment
+    m2bits: Bits = 32  # bits of the second moment
+    m2fmt: Format = "power"  # code book of the second moment; linear is the paper's failing case
+    m2gran: Granularity = "per_block"  # what shares a scale in the second moment
+    m2round: Rounding = "nearest"  # stochastic keeps v from getting stuck when beta2 is near 1 or bits are few
+    mblock: int | None = None  # elements of a block; auto: 256, or 128 with 4 bits
+    mfloor: bool = False  # linear scales never below 1e-8, as in the paper's code
+    membed32: bool = False  # embeddings keep fp32 moments, as in both papers
+
+    def __post_init__(self):
+        if self.weight_decay < 0:
+            raise ValueError(f"--weight_decay={self.weight_decay} must be at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, 1)")
+        both = [i for i in (1, 2) if getattr(self, f"m{i}bits") < 32]
+        for i in (1, 2):
+            if getattr(self, f"m{i}bits") not in (4, 8, 32):
+                raise ValueError(f"--m{i}bits={getattr(self, f'm{i}bits')}: every format has 8 and 4; use 8, 4 or 32")
+            for name in ("fmt", "gran", "round"):
+                value, default = (getattr(x, f"m{i}{name}") for x in (self, OptimConfig))
+                if i not in both and value != default:
+                    raise ValueError(f"--m{i}{name}={value} has no effect with --m{i}bits=32; drop it or use 8 or 4")
+            if i in both and getattr(self, f"m{i}fmt") == "dynamic" and getattr(self, f"m{i}round") == "stochastic":
+                raise ValueError(f"--m{i}round=stochastic: dynamic rounds to nearest; use --m{i}fmt=power or linear")
+        grans = {getattr(self, f"m{i}gran") for i in both}
+        if len(grans) > 1:
+            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: both moments share their rows; "
+                             "give both the same")
+        if self.mblock is not None and ("per_channel" in grans or not both or self.mblock < 2 or self.mblock % 2):
+            raise ValueError(f"--mblock={self.mblock} must be even, and needs a moment in 8 or 4 bits that is not "
+                             "per_channel")
+        if self.mfloor and "linear" not in {getattr(self, f"m{i}fmt") for i in both}:
+            raise ValueError("--mfloor has no effect without a linear format; drop it or add --m2fmt=linear")
+        if self.membed32 and not both:
+            raise ValueError("--membed32 has no effect without a moment in 8 or 4 bits; drop it or add --m1bits=8")
+
+    def formats(self) -> dict:
+        """Return what a param_group records, plain values: {"m1": Moment's fields, "m2": same, "block": elements}."""
+        m1, m2 = ((bits, *((fmt, gran, rounding, self.mfloor and fmt == "linear") if bits < 32 else ()))
+                  for bits, fmt, gran, rounding in ((self.m1bits, self.m1fmt, self.m1gran, self.m1round),
+                                                    (self.m2bits, self.m2fmt, self.m2gran, self.m2round)))
+        return {"m1": m1, "m2": m2, "block": self.mblock or (128 if 4 in (self.m1bits, self.m2bits) else 256)}
+
+
+class Moment(NamedTuple):
+    """How one moment is stored. Plain constants: torch.compile builds them into the code."""
+    bits: int = 32
+    fmt: str = "power"
+    gran: str = "per_block"
+    rounding: str = "nearest"
+    floor: bool = False  # the paper's 1e-8
+    second: bool = False  # v, which is never negative, or m
+
+
+# -----------------------------------------------------------------------------
+# code books. k is the code without its sign; fp32 tensors of any shape.
+
+def first_last(moment: Moment) -> tuple[int, int]:
+    """Return the smallest and the largest k. m gives half of its codes to the negatives."""
+    half = 2 ** (moment.bits - 1)
+    if moment.fmt == "linear":
+        return 0, half - 1  # for v as well: the paper's quantizer is symmetric and wastes half of the codes
+    if moment.fmt == "dynamic":
+        return 0, 2 * half - 1 if moment.second else half  # for m, k = 128 is 1.0, and there is no -1.0
+    return (1, 2 * half) if moment.second else (0, half - 1)
+
+
+def decades(moment: Moment) -> list[tuple[float, float, float, float]]:
+    """Return (t, x, slope, offset) of each decade of the dynamic book, the lowest first: level = slope * t - offset.
+
+    Decade i = 0 .. bits - 2 is 10^(i - bits + 1) (1, 10], cut into n = 2^i equal bins (v: 2^(i+1)) whose middles are
+    the levels: t = k + 1/2 (v: k + 3/2) is n, n + 1, ... 2n at the bins' edges. So level(k) and its inverse are
+    piecewise linear, and need no table; (t, x) is where a decade begins.
+    Source: 2110.02861, section 1.3, and bitsandbytes' create_dynamic_map.
+    """
+    lines = []
+    for i in range(moment.bits - 1):
+        n, start = 2 ** (i + moment.second), 10.0 ** (i - moment.bits + 1)
+        lines.append((n, start, 9 * start / n, 8 * start))
+    return lines
+
+
+def is_square(moment: Moment) -> bool:
+    """Return whether level(k) = k^2."""
+    return moment.fmt == "power" and not (moment.second and moment.bits == 4)
+
+
+def level(k: Tensor, moment: Moment) -> Tensor:
+    """Return the value of k in units of the scale. power: 0 1 4 9 ...; dynamic of m: 0 5.5e-7 3.25e-6 7.75e-6 ... 1."""
+    if moment.fmt != "dynamic":
+        return k * k if is_square(moment) else k
+    t = k + (1.5 if moment.second else 0.5)
+    *lower, (above, _, slope, offset) = decades(moment)
+    y = t * slope - offset
+    for start, _, slope, offset in reversed(lower):
+        y, above = torch.where(t < above, t * slope - offset, y), start
+    return torch.where(k < first_last(moment)[1], torch.relu(y), 1.0)  # 0 and 1, outside the decades
+
+
+def nearest_dynamic(x: Tensor, moment: Moment) -> Tensor:
+    """Return the k of the dynamic level nearest to x in [0, 1]; the middle of two goes up."""
+    *lower, (n, above, slope, offset) = decades(moment)
+    top = (1 + slope * (2 * n - 0.5) - offset) / 2  # the middle of the last two levels
+    t = (x + offset) * (1 / slope)
+    for _, start, slope, offset in reversed(lower):
+        t, above = torch.where(x < above, (x + offset) * (1 / slope), t), start
+    n = decades(moment)[0][0]
+    # Middles of a decade are its bins' edges, integer t. That of two decades lies a fifth of a bin above the edge.
+    early = (t - t.floor() < 0.2) & (t.int() & (t.int() - 1) == 0) & (t >= n + 1)
+    k = t.floor() - early.float() - (1 if moment.second else 0) + (x >= top).float()
+    return torch.where(x < (slope * (n + 0.5) - offset) / 2, 0.0, k)
+
+
+def decode(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
+    """Return the fp32 moment of uint8 codes (n, ...); scale (n, 1, ...) or (1, 1, ...)."""
+    if moment.second:
+        return level(codes.float() + first_last(moment)[0], moment) * scale
+    k = codes.float() - (2 ** (moment.bits - 1) - 1)  # a code is a rank: that of m = 0 is 127, or 7 with 4 bits
+    if is_square(moment):
+        return k * k.abs() * scale  # as below, but compiled copysign is a function call per 16 elements
+    return (k if moment.fmt == "linear" else torch.where(k < 0, -1.0, 1.0) * level(k.abs(), moment)) * scale
+
+
+def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None) -> Tensor:
+    """Return the uint8 codes of the fp32 moment x (n, ...), the inverse of `decode`.
+
+    Args:
+        x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
+        noise: uniform in (0, 1), of x's shape: x goes to one of the two codes around it so that decode(encode(x)) is
+            x on average. A change of v smaller than half a code is then not lost for ever. None: to the nearest.
+
+    The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k (to the
+    even code of an 8-bit power v); in dynamic away from zero.
+    Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
+    """
+    first, last = first_last(moment)
+    zero = 0 if moment.second else 2 ** (moment.bits - 1) - 1  # a code is a rank: that of m = 0 is 127, or 7
+    scaled = x.abs() * _keep(1 / scale)
+    if moment.fmt == "dynamic":
+        k = nearest_dynamic(scaled, moment)
+        if not moment.second:
+            k = torch.minimum(k, torch.where(x < 0, last - 1.0, float(last)))  # the book has no -1
+    elif noise is not None:
+        k = (root(scaled) if is_square(moment) else scaled).floor().clamp(first, last)
+        up = scaled - level(k, moment) > noise * (level(k + 1, moment) - level(k, moment))
+        k = (k + up.float()).clamp(max=last)
+    elif moment.second and is_square(moment):
+        k = torch.relu(root(x) * _keep(root(1 / scale)) - first).round() + first  # the step needs root(x) anyway
+    elif is_square(moment):
+        k = root(torch.relu(scaled - 0.25)).round()  # k^2 + k + 1/2, the middle, -> k + 1/2
+    else:
+        k = scaled.round().clamp(min=first)
+    return ((k - first if moment.second else torch.where(x < 0, -k, k)) + zero).to(torch.uint8)
+
+
+def new_scale(x: Tensor, moment: Moment) -> Tensor:
+    """Return the scale (n, 1, ...), for per_tensor (1, 1, ...), that maps max|x| to the largest level.
+
+    Adding the floor is max(scale, floor) for every scale that matters, without its branch.
+    """
+    last = float(first_last(moment)[1])
+    top = 1.0 if moment.fmt == "dynamic" else last * last if is_square(moment) else last
+    x = x if moment.second else x.abs()
+    amax = x.amax(tuple(range(0 if moment.gran == "per_tensor" else 1, x.dim())), keepdim=True)
+    scale = amax * (1 / top)
+    return scale.clamp(min=1e-8) if moment.floor else scale + SCALE_FLOOR
+
+
+def root(x: Tensor) -> Tensor:
+    """Return the correctly rounded square root (fp32).
+
+    Eager torch takes MKL's, which is one ulp off in 0.6 % of the cases; through fp64 it agrees with compiled code.
+    """
+    return x.sqrt() if torch.compiler.is_compiling() else x.double().sqrt().float()
+
+
+def _keep(x: Tensor) -> Tensor:
+    """Return x (n, 1, ...); compiled, Inductor then computes it once per row: as_strided needs it in memory.
+
+    Inlined instead, each vector of 16 elements would divide again: 1.5 x fused AdamW instead of 1.4 on a CPU.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
+
+
+def hash_noise(key: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return two numbers in (0, 1) per element, one for each moment; key: int32 (seed, number of the first element).
+
+    A hash of (seed, element) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
+    and in compiled code. It is murmur3's finalizer; the two numbers are its upper and lower 16 bits.
+    """
+    element = torch.arange(shape.numel(), dtype=torch.int32, device=key.device).view(shape) + key[1]
+    h = element * -1640531535 + key[0]
+    h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
+    h = h ^ ((h >> 16) & 0xFFFF)
+    return ((h & 0xFFFF).float() + 0.5) / 65536, (((h >> 16) & 0xFFFF).float() + 0.5) / 65536
+
+
+# -----------------------------------------------------------------------------
+# one step of one tensor: the four lines at the top of this file
+
+def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: Tensor, hyper: Tensor,
+                 key: Tensor | None, m1: Moment, m2: Moment) -> None:
+    """Update parameter, codes and scales in place.
+
+    Args:
+        p, g: parameter and gradient, (n, B), or (n, 2, B/2) if a moment has 4 bits; any float dtype.
+        codes1, codes2: codes of m and v: uint8 of p's shape, (n, B/2) for 4 bits; for 32 bits the fp32 moment itself.
+        scales: fp32 (n, 2), or (1, 2) for per_tensor: a column for m, one for v.
+        hyper: fp32 (7,): 1 - lr wd, lr', beta1, 1 - beta1, beta2, 1 - beta2, eps' (see the top). A tensor, so that a
+            new learning rate is new data and not new code.
+        key: see hash_noise; None if both moments are rounded to nearest.
+
+    A gradient element that is inf, nan or beyond 2^63 (its square would overflow) counts as zero: it cannot poison its
+    block. Whether such a step should be taken at all is for the training loop to say.
+    """
+    decay, lr, beta1, rest1, beta2, rest2, eps = hyper.unbind()
+    noise = (None, None) if key is None else hash_noise(key, g.shape)
+    scale1, scale2 = (scales[:, i].view(-1, *[1] * (p.dim() - 1)) for i in (0, 1))
+    g = g.float()  # fp32 from here
+    g = torch.where(g.abs() < 2.0**63, g, 0.0)
+
+    m = _read(codes1, scale1, m1)
+    v = _read(codes2, scale2, m2)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
+    p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
+    _write(m, codes1, scale1, m1, noise[0])
+    _write(v, codes2, scale2, m2, noise[1])
+
+
+def _read(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
+    """Return the stored moment in fp32."""
+    if moment.bits == 32:
+        return codes
+    return decode(torch.stack((codes & 15, codes >> 4), 1) if moment.bits == 4 else codes, scale, moment)
+
+
+def _write(x: Tensor, codes: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None) -> None:
+    """Store the fresh moment x in place."""
+    if moment.bits == 32:
+        codes.copy_(x)
+        return
+    fresh = new_scale(x, moment)
+    k = encode(x, fresh, moment, noise if moment.rounding == "stochastic" else None)
+    codes.copy_(k[:, 0] | (k[:, 1] << 4) if moment.bits == 4 else k)
+    scale.copy_(fresh)
+
+
+@lru_cache
+def compiled_update(m1: Moment, m2: Moment):
+    """Return adamw_update compiled for two formats.
+
+    The options keep Inductor from putting m and v in memory between their maximum and their codes: it computes them
+    twice instead, and a step is two passes over its inputs, without temporaries. dynamic is too long for that.
+    """
+    options = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 100000}
+    options = {} if "dynamic" in (m1.fmt, m2.fmt) else options
+    return torch.compile(partial(adamw_update, m1=m1, m2=m2), fullgraph=True, options=options)
+
+
+# -----------------------------------------------------------------------------
+# the optimizer: which tensor is stored how, state_dict, and nothing numerical
+
+def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay (and are too small to quantize).
+
+    A tied lm_head is the embedding's own tensor and counts as one. Frozen parameters are left out.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    embed = {"m1": (32,), "m2": (32,)} if config.membed32 else {}
+    groups = [{"params": [p for p in params if p.dim() >= 2 and id(p) not in tables]},
+              {"params": [p for p in params if id(p) in tables], **embed},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with the moments stored as `config` says; lr, betas, eps, weight_decay as in torch.optim.AdamW.
+
+    A group may override any of lr, betas, eps, weight_decay, m1, m2, block (see OptimConfig.formats). state[p] has
+    plain tensors: step; exp_avg and exp_avg_sq, codes (n, B) or (n, B/2), or the fp32 moment; scales (n, 2).
+
+    Args:
+        params: parameters or groups, as `param_groups` makes them.
+        lr: learning rate; stays a float, set group["lr"] at every step as you like.
+        config: formats and hyper-parameters.
+        eps: added to the root of v.
+        seed: of stochastic rounding; give every rank the same.
+        compile: False runs the same arithmetic eagerly (about 20 times slower on a CPU).
+    """
+
+    def __init__(self, params: Iterable, lr: float, config: OptimConfig | None = None, *, eps: float = 1e-8,
+                 seed: int = 0, compile: bool = True):
+        config = config or OptimConfig()
+        self.seed, self.compile = seed, compile
+        super().__init__(params, dict(lr=lr, betas=(config.beta1, config.beta2), eps=eps,
+                                      weight_decay=config.weight_decay, **config.formats()))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step with the gradients in p.grad; parameters without one are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        index = -1  # counts all parameters: the noise of one does not depend on the gradients of others
+        for group in self.param_groups:
+            plain = []
+            for p in group["params"]:
+                index += 1
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(f"a {tuple(p.shape)} parameter has a sparse gradient: use "
+                                     "nn.Embedding(sparse=False)")
+                state = self._state(p, group)
+                if _is_plain(p, group):
+                    plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+                else:
+                    state["step"] += 1
+                    self._update(p, group, state, index)
+            if plain:  # 32 bits is not an imitation: torch's own fused AdamW
+                params, grads, m, v, steps = map(list, zip(*plain, strict=True))
+                beta1, beta2 = group["betas"]
+                torch_adamw(params, grads, m, v, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+                            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        return loss
+
+    def _update(self, p: Tensor, group: dict, state: dict, index: int) -> None:
+        """Lay p out as rows and hand them to adamw_update."""
+        m1, m2 = moments = _moments(p, group)
+        n, width = _layout(p, group)
+        t, (beta1, beta2) = int(state["step"]), group["betas"]
+        debias = sqrt(1 - beta2**t)
+        hyper = torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
+                              beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
+        shape = (n, 2, width // 2) if 4 in (m1.bits, m2.bits) else (n, width)
+        x, g = (_whole_rows(z, n * width).view(shape).data for z in (p, p.grad))
+        codes = (state[name] if m.bits == 4 else state[name].view(shape).data
+                 for name, m in (("exp_avg", m1), ("exp_avg_sq", m2)))
+        args = (x, g, *codes, state["scales"])
+        update, pieces = partial(adamw_update, m1=m1, m2=m2), [(0, args)]
+        if self.compile:
+            update = compiled_update(m1, m2)
+        if len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt)):
+            rows = max(1, PIECE // width)
+            pieces = zip(range(0, n, rows), zip(*(z.split(rows) for z in args), strict=True), strict=True)
+        for first, piece in pieces:
+            key = None
+            if any(m.bits < 32 and m.rounding == "stochastic" for m in moments):
+                seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
+                key = torch.tensor([seed[0], first * width], dtype=torch.int32, device=p.device)
+            if self.compile:
+                for z in piece:
+                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B stays a constant, as C++ needs
+            update(*piece, hyper, key)
+        if x.data_ptr() != p.data_ptr():
+            p.copy_(x.reshape(-1)[: p.numel()].view(p.shape))
+
+    def _state(self, p: Tensor, group: dict) -> dict:
+        """Return state[p], made on first use."""
+        if not self.state[p]:
+            self.state[p] = _new_state(p, group)
+        return self.state[p]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load codes and scales bit for bit.
+
+        Raises: ValueError for a state of another format or shape, naming both. (torch would cast every tensor to the
+        dtype of its parameter, codes to floats, and notice nothing.)
+        """
+        theirs, ours = ([[tuple(g.get(m, (32,))) for m in ("m1", "m2")] + [len(g["params"])] for g in groups]
+                        for groups in (state_dict["param_groups"], self.param_groups))
+        if theirs != ours:
+            raise ValueError(f"the optimizer state was written with [m1, m2, tensors] = {theirs}, this optimizer has "
+                             f"{ours}; use the flags it was written with, or start the optimizer afresh")
+        fresh = {}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if key not in state_dict["state"]:
+                    continue
+                stored, fresh[p] = state_dict["state"][key], _new_state(p, group)
+                for name in sorted(fresh[p].keys() | stored.keys()):
+                    theirs, ours = (_kind(s.get(name)) for s in (stored, fresh[p]))
+                    if theirs != ours:
+                        raise ValueError(f"{name} of a {tuple(p.shape)} parameter: the state has {theirs}, this "
+                                         f"optimizer needs {ours}")
+                    fresh[p][name].copy_(stored[name])
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(fresh)
+
+    @torch.no_grad()
+    def to_torch_state_dict(self) -> dict:
+        """Return a state_dict with fp32 moments that torch.optim.AdamW of the same groups loads and continues."""
+        ours = self.state_dict()
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        state = {}
+        for key, stored in ours["state"].items():
+            p, group = params[key]
+            state[key] = {"step": stored["step"].clone()}
+            for i, (moment, name) in enumerate(zip(_moments(p, group), ("exp_avg", "exp_avg_sq"), strict=True)):
+                x = stored[name]
+                if moment.bits < 32:
+                    scale = stored["scales"][:, i].view(-1, *[1] * (x.dim() - (moment.bits == 8)))
+                    x = _read(x, scale, moment)
+                state[key][name] = x.reshape(-1)[: p.numel()].view(p.shape).clone()
+        groups = [{k: v for k, v in g.items() if k not in ("m1", "m2", "block")} for g in ours["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    def describe(self) -> str:
+        """Return one line: which tensors are stored how, in how many real bytes (allocates what step() would)."""
+        kinds = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                size = sum(t.nbytes for name, t in self._state(p, group).items() if name != "step")
+                name = "+".join("fp32" if m.bits == 32 else f"{m.fmt}{m.bits}" for m in _moments(p, group))
+                kind = kinds.setdefault(name, [0, 0, 0])
+                kind[:] = kind[0] + 1, kind[1] + p.numel(), kind[2] + size
+        parts = [f"{k} {n} tensors, {e / 1e6:.2f}M elements, {b / 1e6:.2f} MB" for k, (n, e, b) in kinds.items()]
+        elements, size = (sum(kind[i] for kind in kinds.values()) for i in (1, 2))
+        return f"optimizer state: {size / elements:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
+
+
+def _moments(p: Tensor, group: dict) -> tuple[Moment, Moment]:
+    """Return how p's moments are stored: as the group says, small tensors in fp32."""
+    if p.numel() < MIN_SIZE:
+        return Moment(), Moment(second=True)
+    return Moment(*group["m1"]), Moment(*group["m2"])._replace(second=True)
+
+
+def _is_plain(p: Tensor, group: dict) -> bool:
+    """Return whether torch's fused AdamW does the step: fp32, all of it."""
+    return p.dtype == torch.float32 and all(m.bits == 32 for m in _moments(p, group))
+
+
+def _whole_rows(z: Tensor, size: int) -> Tensor:
+    """Return z flat and contiguous, a view where it can be; a copy filled with zeros if the last block needs it."""
+    return F.pad(z.reshape(-1), (0, size - z.numel())) if z.numel() < size else z.reshape(-1)
+
+
+def _layout(p: Tensor, group: dict) -> tuple[int, int]:
+    """Return (n, B): p is n rows of B elements, or n blocks, the last one perhaps incomplete.
+
+    Raises: ValueError for 4 bits and rows of odd length.
+    """
+    stored = [m for m in _moments(p, group) if m.bits < 32]
+    if not any(m.gran == "per_channel" for m in stored):
+        return -(-p.numel() // group["block"]), group["block"]
+    n = len(p) if p.dim() >= 2 else 1
+    width = p.numel() // n
+    if width % 2 and any(m.bits == 4 for m in stored):
+        raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(p.shape)} parameter have {width} "
+                         "elements; use per_block")
+    return n, width
+
+
+def _new_state(p: Tensor, group: dict) -> dict:
+    """Return the state of p before the first step: codes and scales of zero."""
+    if _is_plain(p, group):
+        return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)}
+    state, moments, (n, width) = {"step": torch.zeros(())}, _moments(p, group), _layout(p, group)
+    for name, m in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+        if m.bits == 32:
+            state[name] = torch.zeros(n, width, device=p.device)
+            continue
+        zero = 0 if m.second else 2 ** (m.bits - 1) - 1
+        state[name] = torch.full((n, width * m.bits // 8), zero * (17 if m.bits == 4 else 1), dtype=torch.uint8,
+                                 device=p.device)
+    per_tensor = any(m.gran == "per_tensor" for m in moments if m.bits < 32)
+    state["scales"] = torch.zeros(1 if per_tensor else n, 2, device=p.device)
+    return state
+
+
+def _kind(t: Tensor | None) -> str:
+    """Describe a tensor of the state for an error message."""
+    return "nothing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
