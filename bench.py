@@ -1,13 +1,17 @@
-"""What quantization costs in time: one training step of every variant, interleaved in one process.
+"""What quantization costs in time: a training step, or the optimizer's step alone, interleaved in one process.
 
     python bench.py --n_layer=4 --n_embd=128 --n_head=4 --block_size=128 --batch_size=8      # the tiny preset
     python bench.py --n_layer=2 --n_embd=768 --n_head=12 --block_size=512 --batch_size=4     # wide
+    python bench.py --what=optimizer                                     # AdamW alone on GPT-2 small's 148 tensors
 
 Each round times one step (forward, backward, clipping, AdamW) of each variant after the other, so that a machine whose
 speed drifts drifts for all of them; the ratio is the median over rounds of (variant / unquantized) in the same round.
 
 `plain` is the loop of nanoGPT on the same shape: nn.Linear, autocast for bfloat16, F.cross_entropy on the full logits.
 The others are train.py's presets on train.py's model.
+
+--what=optimizer steps the parameters of the shape given (default: GPT-2 small, 124M, 3 GB) with random gradients under
+every format of optim.py; the ratio is to torch.optim.AdamW(fused=True) in the same round.
 """
 
 import statistics
@@ -23,13 +27,15 @@ import torch.nn.functional as F
 from config import build, one_line_errors, parse
 from eval import choose_device
 from model import GPT, GPTConfig, quant_linears
-from optim import OptimConfig
+from optim import AdamW, OptimConfig, param_groups
+from quant import QuantConfig
 from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, make_optimizer
 
 
 @dataclass
 class BenchConfig:
     """Time training steps."""
+    what: Literal["step", "optimizer"] = "step"  # the whole training step, or AdamW alone
     variants: str = "plain,E0,w8a8,C2"  # plain, and presets of train.py; all are compared with E0, the unquantized one
     rounds: int = 20  # steps of each variant that are counted
     batch_size: int = 8  # sequences
@@ -80,11 +86,61 @@ def _step(model: GPT, loss, optim: OptimConfig, config: BenchConfig, device: str
     return step
 
 
+OPTIMIZERS = {
+    "fp32": {}, "power8 + power8 (adam8)": PRESETS["adam8"],
+    "power8 + power8, v stochastic": dict(m1bits=8, m2bits=8, m2round="stochastic"),
+    "power8 + power8, per_channel": dict(m1bits=8, m2bits=8, m1gran="per_channel", m2gran="per_channel"),
+    "linear8 + power8": dict(m1bits=8, m1fmt="linear", m2bits=8),
+    "linear8 + linear8": dict(m1bits=8, m1fmt="linear", m2bits=8, m2fmt="linear"),
+    "dynamic8 + dynamic8": dict(m1bits=8, m1fmt="dynamic", m2bits=8, m2fmt="dynamic"),
+    "power4 + power4 (adam4)": PRESETS["adam4"],
+    "linear8 m, per_channel (S2)": dict(m1bits=8, m1fmt="linear", m1gran="per_channel"),
+}
+
+
+def bench_optimizer(config: BenchConfig, device: str) -> None:
+    """Print a row per format: bytes, first step (compile), a step, its ratio to torch's fused AdamW."""
+    model = GPT(config.model, 50257, quant_linears(QuantConfig())).to(device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-3 * torch.exp(torch.randn_like(p))
+
+    def timed(optimizer) -> float:
+        start = time.perf_counter()
+        optimizer.step()
+        if "cuda" in device:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    fused = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    timed(fused)
+    print(f"{len(list(model.parameters()))} tensors, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M "
+          f"parameters, {machine(device)}, medians of {config.rounds} rounds")
+    print("| moments | bytes per parameter | first step, s | fused, ms | ours, ms | ratio |\n|---|---|---|---|---|---|")
+    for name, flags in OPTIMIZERS.items():
+        optim = OptimConfig(**flags)
+        ours = AdamW(param_groups(model, optim), 1e-6, optim, compile=config.compile)
+        size, first = ours.describe().split()[2], timed(ours)
+        timed(ours)
+        pairs = [(timed(fused), timed(ours)) for _ in range(config.rounds)]
+        a, b = (statistics.median(x) * 1e3 for x in zip(*pairs, strict=True))
+        ratio = statistics.median(y / x for x, y in pairs)
+        print(f"| {name} | {size} | {first:.1f} | {a:.0f} | {b:.0f} | {ratio:.2f} |", flush=True)
+
+
+def machine(device: str) -> str:
+    """Describe what the numbers were measured on."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), "CPU") if Path("/proc/cpuinfo").exists() else "CPU"
+    return (f"torch {torch.__version__}, {torch.cuda.get_device_name() if 'cuda' in device else cpu}, "
+            f"{torch.get_num_threads()} threads")
+
+
 def main() -> None:
     """Print the table."""
     config = parse(BenchConfig, presets={}, doc=__doc__)
     with one_line_errors():
         device = choose_device(config.device)
+        if config.what == "optimizer":
+            return bench_optimizer(config, device)
         config.dtype = config.dtype or ("bfloat16" if fast_bfloat16(device) else "float32")
         names = config.variants.split(",")
         steps = [plain_step(config, device) if n == "plain" else our_step(n, config, device) for n in names]
@@ -101,10 +157,7 @@ def main() -> None:
             step()
             mine.append(time.perf_counter() - start)
     base, m = times[names.index("E0")], config.model
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "CPU") if Path("/proc/cpuinfo").exists() else "CPU"
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if 'cuda' in device else cpu}, "
-          f"{torch.get_num_threads()} threads, {config.dtype}, compile={config.compile}")
+    print(f"{machine(device)}, {config.dtype}, compile={config.compile}")
     print(f"n_layer {m.n_layer}, n_embd {m.n_embd}, n_head {m.n_head}, {config.batch_size} x {m.block_size} tokens, "
           f"vocabulary {config.vocab_size}, medians of {config.rounds} rounds")
     print("| variant | ms per step | tokens/s | x E0 | first step, s |\n|---|---|---|---|---|")
