@@ -18,7 +18,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import build, one_line_errors, parse
+from int8 import int8_gemm
 from quant import QuantConfig, Quantized, QuantLinear, Recipe, gemm, linear_backward, make_recipe, round_operand
 
 MAX_LOGITS = 2**27  # elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks
@@ -76,7 +77,10 @@ def quant_linears(config: QuantConfig) -> Linear:
             raise ValueError(f"--wblock={config.wblock} must divide out_features={out_features} of {name}; "
                              "try 64 or 32")
         third = out_features // 3 if config.split_qkv and name.endswith("c_attn") else None
-        return QuantLinear(in_features, out_features, bias, make_recipe(config, third))
+        recipe = make_recipe(config, third)
+        if config.gemm == "int8":
+            recipe = replace(recipe, engine=int8_gemm)
+        return QuantLinear(in_features, out_features, bias, recipe)
     return linear
 
 
@@ -110,7 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], size):
             stop = min(start + size, x.shape[0])
             t, v = targets[start:stop].clamp_min(0), valid[start:stop]  # (m,)
-            logits = gemm(_rows(qx, start, stop), qw, x.dtype).float().masked_fill(padding, -math.inf)  # (m, V) fp32
+            logits = (recipe.engine or gemm)(_rows(qx, start, stop), qw, x.dtype)
+            logits = logits.float().masked_fill(padding, -math.inf)  # (m, V) fp32
             lse = logits.logsumexp(1)  # (m,)
             loss = loss + ((lse - logits.gather(1, t[:, None])[:, 0]) * v).sum()
             if needs_grad:

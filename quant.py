@@ -19,6 +19,7 @@ scale is a tile of the matrix, so granularity is nothing but a tile shape:
     per_token          one row                   M        A, G: one scale per token
     per_channel (A,G)  one column                K or N   A, G: one scale per feature
     per_block          1 x block of a row        ...      W, A, G: along the contraction of the GEMM
+    per_row (G)        one row of A              M, N     G: of g in grad_input and of g.T in grad_weight, see `fold`
 
 Where a scale is constant along the contraction it factors out: y = (codes_x @ codes_w.T) * scale_x * scale_w. We do
 just that, because integers up to 256 are exact in bfloat16 while their products with a scale are not: the simulated
@@ -56,11 +57,12 @@ class QuantConfig:
     agran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the activations
     asym: bool = False  # activations get a zero point (for ranges that are not centred on zero)
     gbits: int = 32  # bits of the gradients of the linear layers' outputs: 2 to 8, or 32
-    ggran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the gradients
+    ggran: Literal["per_tensor", "per_token", "per_channel", "per_block", "per_row"] = "per_token"  # ... in gradients
     ggemm: Literal["grad_weight", "grad_input", "both"] = "grad_weight"  # the GEMMs that see the quantized gradient
     rounding: Literal["nearest", "stochastic"] = "nearest"  # how gradients are rounded; W and A are always nearest
     wblock: int = 128  # elements along the contraction that share a scale, for every per_block
     split_qkv: bool = False  # the q, k and v thirds of c_attn's weight and gradient get scales of their own
+    gemm: Literal["simulate", "int8"] = "simulate"  # rounded operands in the compute dtype, or GEMMs on integer units
     backward: Literal["ste", "fp"] = "ste"  # backward GEMMs use the quantized x and w of forward, or the untouched ones
     quant_head: bool = False  # quantize lm_head too (it stays tied to the embedding)
     skip_blocks: tuple[int, ...] = ()  # transformer blocks left in high precision, counted from 0
@@ -74,7 +76,8 @@ class QuantConfig:
         for flag, has_effect, needs in (
                 ("wgran", w, "--wbits below 32"), ("agran", a, "--abits below 32"), ("asym", a, "--abits below 32"),
                 ("ggran", g, "--gbits below 32"), ("ggemm", g, "--gbits below 32"),
-                ("rounding", g, "--gbits below 32"), ("wblock", blocks, "a granularity of per_block"),
+                ("gemm", w and a, "--wbits and --abits below 32"), ("rounding", g, "--gbits below 32"),
+                ("wblock", blocks, "a granularity of per_block"),
                 ("split_qkv", splits, "quantized weights per_tensor, or gradients per_tensor or per_token"),
                 ("backward", w or a, "--wbits or --abits below 32"),
                 ("quant_head", w or a or g, "something quantized"),
@@ -82,6 +85,15 @@ class QuantConfig:
             value = getattr(self, flag)
             if value != type(self).__dataclass_fields__[flag].default and not has_effect:
                 raise ValueError(f"--{flag}={value} has no effect without {needs}; drop it or add that")
+        if self.gemm == "int8":
+            for flag, fits, remedy in (
+                    ("wgran", self.wgran != "per_block", "per_channel or per_tensor"),
+                    ("agran", self.agran in ("per_token", "per_tensor"), "per_token or per_tensor"),
+                    ("asym", not self.asym, "False"), ("ggran", not g or self.ggran == "per_row", "per_row"),
+                    ("backward", not g or self.backward == "ste", "ste")):
+                if not fits:
+                    raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --gemm=int8, whose scales must "
+                                     f"factor out of every GEMM; use --{flag}={remedy}")
         if self.wblock < 1:
             raise ValueError(f"--wblock={self.wblock} must be at least 1")
 
@@ -190,6 +202,7 @@ class Quantizer:
     tile: tuple[int | None, int | None] = (None, None)  # (rows, columns) that share a scale; None: all of them
     asym: bool = False
     rounding: str = "nearest"  # stochastic draws its noise from torch's default generator
+    fold: bool = False  # take up the scales of the GEMM's other operand first, see `fold`
 
     def __post_init__(self):
         _check_bits("bits", self.bits)
@@ -275,6 +288,7 @@ class Recipe:
     grad_weight_grad_output: Callable[[Tensor], Tensor] | None = None   # g.T  (N, M)
     grad_weight_input: Callable[[Tensor], Tensor] | None = None         # x.T  (K, M)
     backward: str = "ste"
+    engine: Callable | None = None  # computes A @ B.T in place of `gemm` below, with its arguments
 
     def __post_init__(self):
         if self.backward not in ("ste", "fp"):
@@ -287,7 +301,7 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
     """Translate the flags into a Recipe; None if nothing is quantized.
 
     The granularity words speak of the stored tensors w (N, K), x (M, K) and g (M, N). grad_weight is given g.T, where
-    a row has become a column, so its tile is turned over; per_block follows the contraction and is not.
+    a row has become a column, so its tile is turned over; per_block and per_row follow the GEMM and are not.
 
     Args: third: rows of w (columns of g) in each of c_attn's q, k and v, where these are quantized apart.
     """
@@ -296,12 +310,13 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
     a_tile = {"per_tensor": (None, None), "per_token": (1, None), "per_channel": (None, 1),
               "per_block": block}[config.agran]
     g_tile = {"per_tensor": (None, third), "per_token": (1, third), "per_channel": (None, 1),
-              "per_block": block}[config.ggran]
+              "per_block": block, "per_row": (1, None)}[config.ggran]
     w = Quantizer(config.wbits, w_tile) if config.wbits < 32 else None
     a = Quantizer(config.abits, a_tile, config.asym) if config.abits < 32 else None
-    g = Quantizer(config.gbits, g_tile, rounding=config.rounding) if config.gbits < 32 else None
-    g_t_tile = block if config.ggran == "per_block" else g_tile[::-1]
-    g_t = Quantizer(config.gbits, g_t_tile, rounding=config.rounding) if g else None
+    folds = config.ggran == "per_row"
+    g = Quantizer(config.gbits, g_tile, rounding=config.rounding, fold=folds) if config.gbits < 32 else None
+    g_t_tile = g_tile if config.ggran in ("per_block", "per_row") else g_tile[::-1]
+    g_t = Quantizer(config.gbits, g_t_tile, rounding=config.rounding, fold=folds) if g else None
     if not (w or a or g):
         return None
     return Recipe(output_input=a, output_weight=w,
@@ -342,10 +357,23 @@ def _factor(q: Tensor | Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     return q.codes.to(dtype), scale.reshape(-1, 1)
 
 
+def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    """Round the gradient a (R, L) of a GEMM A @ B.T; with quantizer.fold it first takes up scales of b (S, L) along L.
+
+    Backward meets x and w with the scales of forward, s per token or per output, which in grad_weight and grad_input
+    lie along the contraction L and do not factor out of it. But A @ (codes * s).T = (A * s) @ codes.T: the gradient
+    takes them up before it is rounded, all scales are then per row, and x and w need not be rounded a second time.
+    """
+    if getattr(quantizer, "fold", False) and isinstance(b, Quantized) and b.zero_point is None and b.scale.shape[2] > 1:
+        s = b.scale.expand(1, 1, -1, b.codes.shape[1] // b.scale.shape[2])  # (1, 1, L/tc, tc)
+        a, b = a.float() * s.reshape(1, -1), Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)
+    return round_operand(quantizer, a), b
+
+
 def linear_forward(x: Tensor, w: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized]:
     """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w."""
     qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
-    y = gemm(qx, qw, x.dtype)
+    y = (recipe.engine or gemm)(qx, qw, x.dtype)
     return (y, qx, qw) if recipe.backward == "ste" else (y, x, w)
 
 
@@ -355,8 +383,9 @@ def linear_backward(g: Tensor, x: Tensor | Quantized, w: Tensor | Quantized, rec
         x_t, w_t = round_operand(recipe.grad_weight_input, x.T), round_operand(recipe.grad_input_weight, w.T)
     else:
         x_t, w_t = x.T, w.T
-    dx = gemm(round_operand(recipe.grad_input_grad_output, g), w_t, g.dtype)       # (M, N) @ (K, N).T
-    dw = gemm(round_operand(recipe.grad_weight_grad_output, g.T), x_t, g.dtype)    # (N, M) @ (K, M).T
+    multiply = recipe.engine or gemm
+    dx = multiply(*fold(recipe.grad_input_grad_output, g, w_t), g.dtype)       # (M, N) @ (K, N).T
+    dw = multiply(*fold(recipe.grad_weight_grad_output, g.T, x_t), g.dtype)    # (N, M) @ (K, M).T
     return dx, dw
 
 

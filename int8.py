@@ -1,0 +1,48 @@
+"""The GEMMs of quant.py on integer units: int8 operands, int32 accumulation, scales in the epilogue.
+
+    output       y  = (codes_x   @ codes_w.T) * s_x * s_w          x per token (or tensor), w per output (or tensor)
+    grad_input   dx = (codes_g   @ codes_w)   * s_g                g * s_w rounded per token: quant.fold
+    grad_weight  dw = (codes_g.T @ codes_x)   * s_gT               g * s_x rounded per output of g.T: quant.fold
+
+`--gemm=int8` with `--wbits=8 --abits=8` runs the first on integers, and the two of backward in the compute dtype on the
+int8 codes that forward has kept; `--gbits=8 --ggran=per_row --ggemm=both` all three. The numbers are those of
+`--gemm=simulate` with the same flags, up to the rounding of the epilogue: there the products of codes are summed in
+floating point, exactly up to K = 1040 in fp32 (K 127^2 < 2^24), here in int32, exactly up to K = 133,000. Which of
+the two is faster is the device's business: README has measurements.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant import Quantized, gemm
+
+
+def _row_scale(q: Quantized) -> Tensor:
+    """Return the scale of each row of q (R, L), fp32 (R, 1) or (1, 1)."""
+    rows = q.codes.shape[0] // q.scale.shape[0]
+    return (q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)).reshape(-1, 1)
+
+
+def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """Compute A @ B.T in int8 for quantized a (R, L), b (S, L) -> (R, S) in `dtype`; the arguments of quant.gemm.
+
+    With one operand in floating point (the gradient, unless --gbits) there is no integer GEMM: that one is quant.gemm.
+
+    Raises: ValueError on a GPU for L or S that its integer GEMM does not take.
+    """
+    if not (isinstance(a, Quantized) and isinstance(b, Quantized)):
+        return gemm(a, b, dtype)
+    assert a.scale.shape[2] == b.scale.shape[2] == 1 and a.zero_point is None and b.zero_point is None, \
+        "QuantConfig refuses scales along the contraction and zero points under --gemm=int8"
+    rows, x = a.codes.shape[0], a.codes
+    if x.is_cuda:  # cuBLAS: more than 16 rows, the other two sizes multiples of 8
+        if x.shape[1] % 8 or b.codes.shape[0] % 8:
+            raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, and got a GEMM of {rows} x "
+                             f"{x.shape[1]} x {b.codes.shape[0]}; change --n_embd, --batch_size or use --gemm=simulate")
+        x = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous()
+    w = b.codes.T  # views where possible: a contiguous copy of g.T or x.T costs more than its GEMM
+    if 1 in (*x.shape, *w.shape):  # torch 2.13 on a CPU reads a transposed view with an axis of 1 wrongly
+        x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
+    y = torch._int_mm(x, w)[:rows]  # (R, S) int32
+    return (y.float() * _row_scale(a) * _row_scale(b).T).to(dtype)
