@@ -113,7 +113,10 @@ SIZES = {
 }
 PRESETS = SIZES | {
     "w8a8": dict(wbits=8, abits=8),  # weights per_channel, activations per_token: the paper's recipe
-    # weights, activations and Adam's moments in 8 bits: everything that training keeps, but the master weights
+    # the same on integer units (int8.py): the forward GEMM, or all three
+    "int8": dict(wbits=8, abits=8, gemm="int8"),
+    "int8-all": dict(wbits=8, abits=8, gbits=8, ggran="per_row", ggemm="both", gemm="int8"),
+    # Adam's moments (optim.py)
     "adam8": dict(m1bits=8, m2bits=8),
     "adam4": dict(m1bits=4, m2bits=4),
     # 2110.02861: its code book, and its stable embedding layer

@@ -977,3 +977,20 @@ def test_bad_export_commands(flags, message, tmp_path, monkeypatch, capsys):
         model_py.main()
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
     assert sorted(os.listdir(tmp_path)) == ["bomb.pt", "ckpt.pt"]
+
+
+def test_stable_embedding(tmp_path):
+    """Xavier-uniform rows, a LayerNorm before the positions are added; no layout of Hugging Face's has it."""
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, stable_embedding=True)
+    model = GPT(config, 100, quant_linears(QuantConfig()))
+    bound = (6 / (model.wte.num_embeddings + 32)) ** 0.5
+    assert 0.98 * bound < model.wte.weight.abs().max() <= bound
+    x, seen = torch.randint(100, (2, 16)), []
+    model.h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(x, x).backward()
+    rows = model.wte(x)
+    normal = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(seen[0], normal + model.wpe.weight, atol=1e-5) and model.ln_e.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="stable_embedding"):
+        export_hf(model, tmp_path)

@@ -29,7 +29,8 @@ SMALL = ["--preset=tiny", "--dataset=text", "--n_layer=1", "--n_head=2", "--n_em
          "--eval_tokens=512", "--warmup_iters=2", "--sample_tokens=10", "--compile=False", "--device=cpu",
          "--dtype=float32"]
 W8A8 = ["--wbits=8", "--abits=8"]
-RANDOM = [*W8A8, "--gbits=8", "--rounding=stochastic", "--dropout=0.1"]  # all that draws random numbers
+RANDOM = [*W8A8, "--gbits=8", "--rounding=stochastic", "--dropout=0.1",  # all that draws random numbers
+          "--m1bits=8", "--m1round=stochastic", "--m2bits=4", "--m2round=stochastic"]
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,8 @@ def test_resume_refuses_another_run(run, data, tmp_path):
     assert code == 2 and "--wbits=8 differs from the 32 this run began with" in err
     code, _, err = run(tmp_path / "a", "--resume", small=[])
     assert code == 2 and "has finished its 2 steps" in err
+    code, _, err = run(tmp_path / "a", "--resume", "--m1bits=8", small=[])
+    assert code == 2 and "--m1bits=8 differs from the 32 this run began with" in err
     code, _, _ = run(tmp_path / "a", "--resume", "--max_iters=4", small=[])
     assert code == 0 and load_checkpoint(tmp_path / "a")["step"] == 4
     code, _, err = run(tmp_path / "none", "--resume", small=[])
@@ -349,14 +352,14 @@ def child_that_keeps_its_weights(argv, variables):
 
     def then_save(self, log):
         result = finished(self, log)
-        torch.save(self.raw.state_dict(), f"{variables['WEIGHTS']}/{self.processes.rank}.pt")
+        torch.save([self.raw.state_dict(), self.optimizer.state_dict()], f"{variables['WEIGHTS']}/{self.processes.rank}.pt")
         return result
     train.Run.train = then_save
     child(argv, variables)
 
 
 def test_ranks_hold_identical_weights(data, tmp_path):
-    """After training, with dropout and stochastic rounding, every rank has the same bits."""
+    """After training, with dropout and stochastic rounding, every rank has the same weights, codes and scales."""
     argv = [*SMALL, *RANDOM, f"--data_dir={data}", f"--out_dir={tmp_path / 'a'}"]
     assert group(argv, 2, child_that_keeps_its_weights, WEIGHTS=str(tmp_path)) == [0, 0]
     assert same(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"))
@@ -421,6 +424,10 @@ def test_torchrun(data, tmp_path):
     (["--learning_rate=-1"], "--learning_rate=-1.0 must be at least 0"),
     (["--learning_rate=nan"], "--learning_rate=nan must be at least 0"),
     (["--beta2=1"], "--beta2=1.0 must lie in [0, 1)"),
+    (["--m1bits=5"], "argument --m1bits: invalid choice: 5"),
+    (["--m2fmt=linear"], "--m2fmt=linear has no effect with --m2bits=32"),
+    (["--wbits=8", "--gemm=int8"], "--gemm=int8 has no effect without --wbits and --abits below 32"),
+    (["--preset=int8", "--asym"], "--asym=True does not fit --gemm=int8"),
     (["--block_size=1000000"], "use a smaller --block_size"),
     (["--compare_to=nowhere"], "--compare_to=nowhere: there is no"),
     (["--init_from=nowhere"], "nowhere"),
