@@ -2,6 +2,7 @@
 
     python bench.py --n_layer=4 --n_embd=128 --n_head=4 --block_size=128 --batch_size=8      # the tiny preset
     python bench.py --n_layer=2 --n_embd=768 --n_head=12 --block_size=512 --batch_size=4     # wide
+    python bench.py --what=memory --dtype=bfloat16 --variants=E0,w8a8 --batch_size=8 --vocab_size=50257
     python bench.py --what=optimizer                                     # AdamW alone on GPT-2 small's 148 tensors
 
 Each round times one step (forward, backward, clipping, AdamW) of each variant after the other, so that a machine whose
@@ -9,6 +10,9 @@ speed drifts drifts for all of them; the ratio is the median over rounds of (var
 
 `plain` is the loop of nanoGPT on the same shape: nn.Linear, autocast for bfloat16, F.cross_entropy on the full logits.
 The others are train.py's presets on train.py's model.
+
+--what=memory counts the bytes that forward keeps for backward, each storage once, and whose they are. Nothing is
+computed (fake tensors), so any size is counted in seconds. This is eager mode; the compiler recomputes some of it.
 
 --what=optimizer steps the parameters of the shape given (default: GPT-2 small, 124M, 3 GB) with random gradients under
 every format of optim.py; the ratio is to torch.optim.AdamW(fused=True) in the same round.
@@ -23,19 +27,20 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import build, one_line_errors, parse
 from eval import choose_device
 from model import GPT, GPTConfig, quant_linears
 from optim import AdamW, OptimConfig, param_groups
-from quant import QuantConfig
+from quant import QuantConfig, QuantLinear
 from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, make_optimizer
 
 
 @dataclass
 class BenchConfig:
     """Time training steps."""
-    what: Literal["step", "optimizer"] = "step"  # the whole training step, or AdamW alone
+    what: Literal["step", "optimizer", "memory"] = "step"  # the training step, AdamW alone, what backward keeps
     variants: str = "plain,E0,w8a8,C2"  # plain, and presets of train.py; all are compared with E0, the unquantized one
     rounds: int = 20  # steps of each variant that are counted
     batch_size: int = 8  # sequences
@@ -126,6 +131,49 @@ def bench_optimizer(config: BenchConfig, device: str) -> None:
         print(f"| {name} | {size} | {first:.1f} | {a:.0f} | {b:.0f} | {ratio:.2f} |", flush=True)
 
 
+def bench_memory(config: BenchConfig, device: str) -> None:
+    """Print what forward keeps for backward: by the linear layers of the blocks, and by all, MiB."""
+    m = config.model
+    print(f"n_layer {m.n_layer}, n_embd {m.n_embd}, {config.batch_size} x {m.block_size} tokens, {config.dtype}, "
+          f"eager, torch {torch.__version__}")
+    print("| variant | linears, MiB | x E0 | everything, MiB | x E0 |\n|---|---|---|---|---|")
+    base = None
+    for name in sorted(config.variants.split(","), key=lambda v: v != "E0"):
+        train = build(TrainConfig, PRESETS[name])
+        with FakeTensorMode(), torch.device(device):
+            model = GPT(m, config.vocab_size, quant_linears(train.quant), getattr(torch, config.dtype))
+            kept = kept_for_backward(model, config.batch_size, device)
+        linears, total = kept["linear"], kept["all"]
+        base = base or (linears, total)
+        print(f"| {name} | {linears / 2**20:,.0f} | {linears / base[0]:.2f} | {total / 2**20:,.0f} | "
+              f"{total / base[1]:.2f} |")
+
+
+def kept_for_backward(model: GPT, batch_size: int, device: str) -> dict[str, int]:
+    """Return the bytes that autograd keeps of one forward, {"linear": by the blocks' linears, "all": by everything}.
+
+    Parameters do not count, what is made of them does (weights cast or rounded). "linear" counts all that the linears
+    of the blocks keep, also where attention keeps the same storage; in "all" a storage counts once.
+    """
+    inside, kept = [], {"linear": {}, "all": {}}
+    for layer in model.h.modules():
+        if isinstance(layer, QuantLinear):
+            layer.register_forward_pre_hook(lambda *_: inside.append(True))
+            layer.register_forward_hook(lambda *_: inside.pop() and None)
+    owned = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        for where in ["linear", "all"] if inside else ["all"]:
+            if storage._cdata not in owned:
+                kept[where][storage._cdata] = t  # kept alive, so that an address is not used twice
+        return t
+    tokens = torch.randint(model.vocab_size, (batch_size, model.config.block_size + 1), device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(tokens[:, :-1], tokens[:, 1:])
+    return {where: sum(t.untyped_storage().nbytes() for t in tensors.values()) for where, tensors in kept.items()}
+
+
 def machine(device: str) -> str:
     """Describe what the numbers were measured on."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -142,6 +190,8 @@ def main() -> None:
         if config.what == "optimizer":
             return bench_optimizer(config, device)
         config.dtype = config.dtype or ("bfloat16" if fast_bfloat16(device) else "float32")
+        if config.what == "memory":
+            return bench_memory(config, device)
         names = config.variants.split(",")
         steps = [plain_step(config, device) if n == "plain" else our_step(n, config, device) for n in names]
     first = []
