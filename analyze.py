@@ -75,7 +75,7 @@ def codebooks(path: str) -> None:
         for fmt, color in (("linear", "tab:red"), ("dynamic", "tab:blue"), ("power", "tab:green")):
             for bits, style in ((8, "-"), (4, "--")):
                 moment = Moment(bits, fmt, second=bool(second))
-                scale = new_scale(x, moment)
+                scale = new_scale([x], moment)
                 error = (decode(encode(x, scale, moment), scale, moment) - x).abs() / x
                 error = error[0, :-1].view(400, -1).amax(1)  # the envelope over a fiftieth of a decade
                 panel.loglog(x[0, :-1].view(400, -1)[:, 0], error.clamp(min=1e-4), style, color=color,

@@ -21,11 +21,12 @@ The class at the end is bookkeeping: which tensor is stored how, and state_dict.
 
 Shapes: a tensor is n rows of B elements: its own rows (per_channel), else blocks of the flattened tensor. Codes are
 uint8 (n, B), or (n, B/2) for 4 bits: element j of the first half of a row in the low bits, j of the second half above.
+With 4 bits everything else comes in halves too, (n, B/2) each: one loop over B/2 bytes then does it all.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from math import sqrt
 from typing import Literal, NamedTuple
 
@@ -171,7 +172,7 @@ def nearest_dynamic(x: Tensor, moment: Moment) -> Tensor:
 
 
 def decode(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
-    """Return the fp32 moment of uint8 codes (n, ...); scale (n, 1, ...) or (1, 1, ...)."""
+    """Return the fp32 moment of uint8 codes (n, B); scale (n, 1) or (1, 1)."""
     if moment.second:
         return level(codes.float() + first_last(moment)[0], moment) * scale
     k = codes.float() - (2 ** (moment.bits - 1) - 1)  # a code is a rank: that of m = 0 is 127, or 7 with 4 bits
@@ -181,7 +182,7 @@ def decode(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None) -> Tensor:
-    """Return the uint8 codes of the fp32 moment x (n, ...), the inverse of `decode`.
+    """Return the uint8 codes of the fp32 moment x (n, B), the inverse of `decode`.
 
     Args:
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
@@ -212,16 +213,15 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
     return ((k - first if moment.second else torch.where(x < 0, -k, k)) + zero).to(torch.uint8)
 
 
-def new_scale(x: Tensor, moment: Moment) -> Tensor:
-    """Return the scale (n, 1, ...), for per_tensor (1, 1, ...), that maps max|x| to the largest level.
+def new_scale(parts: list[Tensor], moment: Moment) -> Tensor:
+    """Return the scale (n, 1), for per_tensor (1, 1), that maps max|x| of the rows [x | ...] to the largest level.
 
     Adding the floor is max(scale, floor) for every scale that matters, without its branch.
     """
     last = float(first_last(moment)[1])
     top = 1.0 if moment.fmt == "dynamic" else last * last if is_square(moment) else last
-    x = x if moment.second else x.abs()
-    amax = x.amax(tuple(range(0 if moment.gran == "per_tensor" else 1, x.dim())), keepdim=True)
-    scale = amax * (1 / top)
+    x = reduce(torch.maximum, parts if moment.second else [x.abs() for x in parts])
+    scale = x.amax((0, 1) if moment.gran == "per_tensor" else 1, keepdim=True) * (1 / top)
     return scale.clamp(min=1e-8) if moment.floor else scale + SCALE_FLOOR
 
 
@@ -234,7 +234,7 @@ def root(x: Tensor) -> Tensor:
 
 
 def _keep(x: Tensor) -> Tensor:
-    """Return x (n, 1, ...); compiled, Inductor then computes it once per row: as_strided needs it in memory.
+    """Return x (n, 1); compiled, Inductor then computes it once per row: as_strided needs it in memory.
 
     Inlined instead, each vector of 16 elements would divide again: 1.5 x fused AdamW instead of 1.4 on a CPU.
     """
@@ -258,13 +258,17 @@ def hash_noise(key: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
 # -----------------------------------------------------------------------------
 # one step of one tensor: the four lines at the top of this file
 
-def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: Tensor, hyper: Tensor,
+Parts = list[Tensor]  # a tensor of rows, [(n, B)], or its left and right half, [(n, B/2), (n, B/2)]
+
+
+def adamw_update(ps: Parts, gs: Parts, codes1: Parts, codes2: Parts, scales: Tensor, hyper: Tensor,
                  key: Tensor | None, m1: Moment, m2: Moment) -> None:
     """Update parameter, codes and scales in place.
 
     Args:
-        p, g: parameter and gradient, (n, B), or (n, 2, B/2) if a moment has 4 bits; any float dtype.
-        codes1, codes2: codes of m and v: uint8 of p's shape, (n, B/2) for 4 bits; for 32 bits the fp32 moment itself.
+        ps, gs: parameter and gradient, any float dtype; in halves if a moment has 4 bits.
+        codes1, codes2: of m and v. uint8 codes, in parts like ps; 4 bits: one (n, B/2) that packs both halves; 32 bits:
+            the fp32 moment itself, in parts like ps.
         scales: fp32 (n, 2), or (1, 2) for per_tensor: a column for m, one for v.
         hyper: fp32 (7,): 1 - lr wd, lr', beta1, 1 - beta1, beta2, 1 - beta2, eps' (see the top). A tensor, so that a
             new learning rate is new data and not new code.
@@ -274,36 +278,34 @@ def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: T
     block. Whether such a step should be taken at all is for the training loop to say.
     """
     decay, lr, beta1, rest1, beta2, rest2, eps = hyper.unbind()
-    noise = (None, None) if key is None else hash_noise(key, g.shape)
-    scale1, scale2 = (scales[:, i].view(-1, *[1] * (p.dim() - 1)) for i in (0, 1))
-    g = g.float()  # fp32 from here
-    g = torch.where(g.abs() < 2.0**63, g, 0.0)
-
-    m = _read(codes1, scale1, m1)
-    v = _read(codes2, scale2, m2)
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * (g * g)
-    p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
-    _write(m, codes1, scale1, m1, noise[0])
-    _write(v, codes2, scale2, m2, noise[1])
+    gs = [torch.where(g.float().abs() < 2.0**63, g.float(), 0.0) for g in gs]  # fp32 from here
+    ms = [beta1 * m + rest1 * g for m, g in zip(_read(codes1, scales[:, :1], m1), gs, strict=True)]
+    vs = [beta2 * v + rest2 * (g * g) for v, g in zip(_read(codes2, scales[:, 1:], m2), gs, strict=True)]
+    for p, m, v in zip(ps, ms, vs, strict=True):
+        p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
+    noise = [(None, None) if key is None else hash_noise(key + i, g.shape) for i, g in enumerate(gs)]
+    _write(ms, codes1, scales[:, :1], m1, [n[0] for n in noise])
+    _write(vs, codes2, scales[:, 1:], m2, [n[1] for n in noise])
 
 
-def _read(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
+def _read(codes: Parts, scale: Tensor, moment: Moment) -> Parts:
     """Return the stored moment in fp32."""
     if moment.bits == 32:
         return codes
-    return decode(torch.stack((codes & 15, codes >> 4), 1) if moment.bits == 4 else codes, scale, moment)
+    return [decode(c, scale, moment) for c in ([codes[0] & 15, codes[0] >> 4] if moment.bits == 4 else codes)]
 
 
-def _write(x: Tensor, codes: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None) -> None:
-    """Store the fresh moment x in place."""
-    if moment.bits == 32:
-        codes.copy_(x)
-        return
-    fresh = new_scale(x, moment)
-    k = encode(x, fresh, moment, noise if moment.rounding == "stochastic" else None)
-    codes.copy_(k[:, 0] | (k[:, 1] << 4) if moment.bits == 4 else k)
-    scale.copy_(fresh)
+def _write(xs: Parts, codes: Parts, scale: Tensor, moment: Moment, noise: list[Tensor | None]) -> None:
+    """Store the fresh moment in place."""
+    if moment.bits < 32:
+        fresh = new_scale(xs, moment)
+        scale.copy_(fresh)
+        stochastic = moment.rounding == "stochastic"
+        xs = [encode(x, fresh, moment, n if stochastic else None) for x, n in zip(xs, noise, strict=True)]
+    if moment.bits == 4:
+        xs = [xs[0] | (xs[1] << 4)]
+    for c, x in zip(codes, xs, strict=True):
+        c.copy_(x)
 
 
 @lru_cache
@@ -315,7 +317,11 @@ def compiled_update(m1: Moment, m2: Moment):
     """
     options = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 100000}
     options = {} if "dynamic" in (m1.fmt, m2.fmt) else options
-    return torch.compile(partial(adamw_update, m1=m1, m2=m2), fullgraph=True, options=options)
+
+    def update(*args) -> None:
+        adamw_update(*args, m1=m1, m2=m2)
+    update.__code__ = update.__code__.replace()  # one of its own: dynamo refuses a ninth graph for one code object
+    return torch.compile(update, fullgraph=True, options=options)
 
 
 # -----------------------------------------------------------------------------
@@ -388,36 +394,34 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, p: Tensor, group: dict, state: dict, index: int) -> None:
-        """Lay p out as rows and hand them to adamw_update."""
+        """Lay p out as rows, in halves if need be, and hand them to adamw_update."""
         m1, m2 = moments = _moments(p, group)
         n, width = _layout(p, group)
         t, (beta1, beta2) = int(state["step"]), group["betas"]
         debias = sqrt(1 - beta2**t)
         hyper = torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
                               beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        flat, grad = (_whole_rows(z, n * width) for z in (p, p.grad))
+        part = width // 2 if 4 in (m1.bits, m2.bits) else width
         # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
-        shape = (n, 2, width // 2) if 4 in (m1.bits, m2.bits) else (n, width)
-        x, g = (_whole_rows(z, n * width).view(shape).data for z in (p, p.grad))
-        codes = (state[name] if m.bits == 4 else state[name].view(shape).data
-                 for name, m in (("exp_avg", m1), ("exp_avg_sq", m2)))
-        args = (x, g, *codes, state["scales"])
-        update, pieces = partial(adamw_update, m1=m1, m2=m2), [(0, args)]
-        if self.compile:
-            update = compiled_update(m1, m2)
-        if len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt)):
-            rows = max(1, PIECE // width)
-            pieces = zip(range(0, n, rows), zip(*(z.split(rows) for z in args), strict=True), strict=True)
-        for first, piece in pieces:
+        args = [[z.data for z in rows.view(n, -1).split(part, 1)]
+                for rows in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
+        update = compiled_update(m1, m2) if self.compile else partial(adamw_update, m1=m1, m2=m2)
+        temporaries = len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt))
+        rows = max(1, PIECE // width) if temporaries else n
+        for first in range(0, n, rows):
+            piece = [[z[first:first + rows] for z in zs] for zs in (*args, [state["scales"]])] if rows < n else \
+                [*args, [state["scales"]]]
+            if self.compile:
+                for z in sum(piece, []):
+                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B stays a constant, as C++ needs
             key = None
             if any(m.bits < 32 and m.rounding == "stochastic" for m in moments):
                 seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
-                key = torch.tensor([seed[0], first * width], dtype=torch.int32, device=p.device)
-            if self.compile:
-                for z in piece:
-                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B stays a constant, as C++ needs
-            update(*piece, hyper, key)
-        if x.data_ptr() != p.data_ptr():
-            p.copy_(x.reshape(-1)[: p.numel()].view(p.shape))
+                key = torch.tensor([seed[0], first * part], dtype=torch.int32, device=p.device)
+            update(*piece[:4], piece[4][0], hyper, key)
+        if flat.data_ptr() != p.data_ptr():
+            p.copy_(flat[:p.numel()].view(p.shape))
 
     def _state(self, p: Tensor, group: dict) -> dict:
         """Return state[p], made on first use."""
@@ -449,7 +453,9 @@ class AdamW(torch.optim.Optimizer):
                         raise ValueError(f"{name} of a {tuple(p.shape)} parameter: the state has {theirs}, this "
                                          f"optimizer needs {ours}")
                     fresh[p][name].copy_(stored[name])
-        super().load_state_dict({**state_dict, "state": {}})
+        groups = [{**{k: mine[k] for k in ("m1", "m2", "block")}, **saved}  # torch's own AdamW has no formats to say
+                  for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)]
+        super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(fresh)
 
     @torch.no_grad()
@@ -464,8 +470,7 @@ class AdamW(torch.optim.Optimizer):
             for i, (moment, name) in enumerate(zip(_moments(p, group), ("exp_avg", "exp_avg_sq"), strict=True)):
                 x = stored[name]
                 if moment.bits < 32:
-                    scale = stored["scales"][:, i].view(-1, *[1] * (x.dim() - (moment.bits == 8)))
-                    x = _read(x, scale, moment)
+                    x = torch.cat(_read([x], stored["scales"][:, i:i + 1], moment), 1)
                 state[key][name] = x.reshape(-1)[: p.numel()].view(p.shape).clone()
         groups = [{k: v for k, v in g.items() if k not in ("m1", "m2", "block")} for g in ours["param_groups"]]
         return {"state": state, "param_groups": groups}

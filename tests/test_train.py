@@ -352,7 +352,8 @@ def child_that_keeps_its_weights(argv, variables):
 
     def then_save(self, log):
         result = finished(self, log)
-        torch.save([self.raw.state_dict(), self.optimizer.state_dict()], f"{variables['WEIGHTS']}/{self.processes.rank}.pt")
+        held = [self.raw.state_dict(), self.optimizer.state_dict()]
+        torch.save(held, f"{variables['WEIGHTS']}/{self.processes.rank}.pt")
         return result
     train.Run.train = then_save
     child(argv, variables)
