@@ -34,7 +34,7 @@ from eval import choose_device
 from model import GPT, GPTConfig, quant_linears
 from optim import AdamW, OptimConfig, param_groups
 from quant import QuantConfig, QuantLinear
-from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, make_optimizer
+from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, keep_freed_memory, make_optimizer
 
 
 @dataclass
@@ -187,6 +187,8 @@ def main() -> None:
     config = parse(BenchConfig, presets={}, doc=__doc__)
     with one_line_errors():
         device = choose_device(config.device)
+        if device == "cpu":
+            keep_freed_memory()
         if config.what == "optimizer":
             return bench_optimizer(config, device)
         config.dtype = config.dtype or ("bfloat16" if fast_bfloat16(device) else "float32")

@@ -16,6 +16,7 @@ The file reads from top to bottom: config and presets, set-up, data, the loop.
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
@@ -216,6 +217,16 @@ def can_compile() -> bool:
     return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: every step frees and asks for the same memory, and new pages cost faults.
+
+    Measured with results/int8.md's command on a CPU: 1.2 x the steps per second in fp32, 1.4 x with int8-all.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
+
+
 def resolve(config: TrainConfig, processes: Processes) -> None:
     """Replace every `auto` by what the device asks for, in place, and print each choice."""
     chosen = []
@@ -245,6 +256,8 @@ def resolve(config: TrainConfig, processes: Processes) -> None:
         raise ValueError(f"--wblock={config.quant.wblock} must divide the {tokens} tokens of a micro-batch "
                          "(grad_weight sums over them)")
     processes.print("chosen: " + ", ".join(chosen))
+    if config.device == "cpu":
+        keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
