@@ -923,16 +923,24 @@ def test_weight_and_activation_slots():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("word, tile, turned", [
     ("per_tensor", (None, None), (None, None)), ("per_token", (1, None), (None, 1)),
-    ("per_channel", (None, 1), (1, None)), ("per_block", (1, 128), (1, 128)),
+    ("per_channel", (None, 1), (1, None)), ("per_block", (1, 128), (1, 128)), ("per_row", (1, None), (1, None)),
 ])
 def test_gradient_slots(word, tile, turned, rounding):
-    """G: grad_input sees g, grad_weight g.T, so its tile is turned over; a block follows the contraction and is not."""
-    here, there = Quantizer(8, tile, rounding=rounding), Quantizer(8, turned, rounding=rounding)
+    """G: grad_input sees g, grad_weight g.T, so its tile is turned over; blocks and rows are not."""
+    here, there = (Quantizer(8, t, rounding=rounding, fold=word == "per_row") for t in (tile, turned))
     for ggemm, slots in (("grad_input", {"grad_input_grad_output": here}),
                          ("grad_weight", {"grad_weight_grad_output": there}),
                          ("both", {"grad_input_grad_output": here, "grad_weight_grad_output": there})):
         config = QuantConfig(gbits=8, ggran=word, ggemm=ggemm, rounding=rounding)
         assert make_recipe(config) == Recipe(**slots)
+
+
+def test_per_row_of_unquantized_operands():
+    """With nothing to fold, a row is a token in grad_input and an output in grad_weight: per_token, per_channel."""
+    x, w, g = normal(12, 7), normal(5, 7, 1), normal(12, 5, 2)
+    dx, dw = linear_backward(g, x, w, make_recipe(QuantConfig(gbits=8, ggran="per_row", ggemm="both")))
+    assert bitwise(dx, linear_backward(g, x, w, make_recipe(QuantConfig(gbits=8, ggemm="both")))[0])
+    assert bitwise(dw, linear_backward(g, x, w, make_recipe(QuantConfig(gbits=8, ggran="per_channel")))[1])
 
 
 @pytest.mark.parametrize("third", [4, 128])
