@@ -480,11 +480,12 @@ def test_odd_parameters(config, monkeypatch):
 
 
 def test_noise_differs_by_parameter_step_and_seed_only():
-    """Equal parameters and gradients, other codes; a missing gradient elsewhere changes nothing."""
+    """Equal gradients, other codes, in both halves of a row as well; a missing gradient elsewhere changes nothing."""
     def codes(seed=0, missing=False, step=0):
         params, opt = make(both(4, round="stochastic"), [(16, 256)] * 3, seed=seed)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+            half = torch.randn(32, 1, 64, generator=torch.Generator().manual_seed(7))
+            p.grad = half.expand(-1, 2, -1).reshape(p.shape)  # blocks of 128 with equal halves
         params[0].grad = None if missing else params[0].grad
         opt.describe()  # makes the state
         for p in params:
@@ -494,6 +495,7 @@ def test_noise_differs_by_parameter_step_and_seed_only():
     a, again = codes(), codes(missing=True)
     assert all(map(torch.equal, a, again)) and not torch.equal(*a)
     assert not any(torch.equal(a[0], other[0]) for other in (codes(seed=1), codes(step=1)))
+    assert not torch.equal(a[0] & 15, a[0] >> 4)
 
 
 def test_a_channel_is_a_block_of_its_width():

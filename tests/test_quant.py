@@ -880,7 +880,7 @@ NO_EFFECT = [
     ({"split_qkv": True, "abits": 8, "agran": "per_tensor"}, "split_qkv"),
     ({"split_qkv": True, "gbits": 8, "ggran": "per_channel"}, "split_qkv"), ({"backward": "fp"}, "backward"),
     ({"backward": "fp", "gbits": 8}, "backward"), ({"quant_head": True}, "quant_head"),
-    ({"skip_blocks": (0,)}, "skip_blocks"),
+    ({"skip_blocks": (0,)}, "skip_blocks"), ({"gemm": "int8", "wbits": 8}, "gemm"),
 ]
 
 
@@ -899,6 +899,7 @@ def test_flags_with_effect_are_legal():
     QuantConfig(abits=4, agran="per_channel", asym=True, quant_head=True)
     QuantConfig(gbits=8, ggran="per_tensor", ggemm="both", rounding="stochastic", split_qkv=True, skip_blocks=(3,))
     QuantConfig(wbits=8, wgran="per_tensor", split_qkv=True)
+    QuantConfig(wbits=8, abits=4, gbits=8, ggran="per_row", ggemm="both", gemm="int8")
     for name in ("wbits", "abits", "gbits"):
         QuantConfig(**{name: 2})
         QuantConfig(**{name: 8})
