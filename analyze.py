@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from config import build, one_line_errors, parse
-from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale
+from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale, param_groups
 from train import SIZES, Batches, Processes, TrainConfig, get_data, learning_rate, make_model, resolve
 
 # name: what the flags --m1bits, --m1fmt, ... would say
@@ -59,6 +59,10 @@ class AnalyzeConfig:
     def __post_init__(self):
         if self.steps < 2:
             raise ValueError(f"--steps={self.steps} must be at least 2")
+        idle = ("out",) if self.what == "update_error" else ("steps", "beta2", "data_dir", "seed")
+        for name in idle:
+            if getattr(self, name) != getattr(AnalyzeConfig, name):
+                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --what={self.what}; drop it")
 
 
 def codebooks(path: str) -> None:
@@ -107,14 +111,15 @@ def update_error(config: AnalyzeConfig) -> None:
     shadows = {name: [torch.nn.Parameter(torch.zeros_like(p)) for _, p in matrices] for name in runs}
     optimizers = {name: AdamW(shadows[name], 1.0, OptimConfig(weight_decay=0.0, beta2=config.beta2, **flags),
                               compile=False) for name, flags in runs.items()}
-    main = AdamW(model.parameters(), train.learning_rate, train.optim, compile=False)
+    main = AdamW(param_groups(model, train.optim), train.learning_rate, train.optim, compile=False)
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in runs}
     for step in range(config.steps):
         loss = model(*batches.get(step, 0))
         main.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-        main.param_groups[0]["lr"] = learning_rate(step, train)
+        for group in main.param_groups:
+            group["lr"] = learning_rate(step, train)
         main.step()
         for name, mine in shadows.items():
             for (_, p), shadow in zip(matrices, mine, strict=True):
@@ -134,8 +139,8 @@ def update_error(config: AnalyzeConfig) -> None:
     print("| moments | error, linears | error, embeddings | largest update, lr | bytes per parameter |")
     print("|---|---|---|---|---|")
     for name, s in sums.items():
-        size = optimizers[name].describe().split()[2]
-        print(f"| {name} | {(s[0] / s[1]) ** 0.5:.3f} | {(s[2] / s[3]) ** 0.5:.3f} | {s[4]:,.2f} | {size} |")
+        size = optimizers[name].describe()[0]
+        print(f"| {name} | {(s[0] / s[1]) ** 0.5:.3f} | {(s[2] / s[3]) ** 0.5:.3f} | {s[4]:,.2f} | {size:.3f} |")
 
 
 def main() -> None:

@@ -29,13 +29,16 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
 
     With one operand in floating point (the gradient, unless --gbits) there is no integer GEMM: that one is quant.gemm.
 
-    Raises: ValueError on a GPU for L or S that its integer GEMM does not take.
+    Raises: ValueError for more than 133,144 products in a sum; on a GPU for L or S that its GEMM does not take.
     """
     if not (isinstance(a, Quantized) and isinstance(b, Quantized)):
         return gemm(a, b, dtype)
     assert a.scale.shape[2] == b.scale.shape[2] == 1 and a.zero_point is None and b.zero_point is None, \
         "QuantConfig refuses scales along the contraction and zero points under --gemm=int8"
     rows, x = a.codes.shape[0], a.codes
+    if x.shape[1] * 127**2 >= 2**31:
+        raise ValueError(f"--gemm=int8 sums {x.shape[1]} products, more than int32 holds (133,144); use a smaller "
+                         "--batch_size")
     if x.is_cuda:  # cuBLAS: more than 16 rows, the other two sizes multiples of 8
         if x.shape[1] % 8 or b.codes.shape[0] % 8:
             raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, and got a GEMM of {rows} x "

@@ -110,6 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = math.ceil(x.shape[0] * w.shape[0] / MAX_LOGITS)
         size = math.ceil(x.shape[0] / chunks)
         blocks = getattr(recipe.grad_weight_grad_output, "tile", (None, None))[1] or 1  # along the tokens
+        blocks = math.lcm(blocks, 8) if recipe.engine else blocks  # a GPU's integer GEMM takes multiples of 8
         size = max(size // blocks, 1) * blocks  # whole blocks in every chunk
         for start in range(0, x.shape[0], size):
             stop = min(start + size, x.shape[0])

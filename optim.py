@@ -27,7 +27,7 @@ With 4 bits everything else comes in halves too, (n, B/2) each: one loop over B/
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -67,8 +67,8 @@ class OptimConfig:
     membed32: bool = False  # embeddings keep fp32 moments, as in both papers
 
     def __post_init__(self):
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight_decay={self.weight_decay} must be at least 0")
+        if not 0 <= self.weight_decay < inf:
+            raise ValueError(f"--weight_decay={self.weight_decay} must be at least 0, and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, 1)")
@@ -187,7 +187,8 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
     Args:
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
         noise: uniform in (0, 1), of x's shape: x goes to one of the two codes around it so that decode(encode(x)) is
-            x on average. A change of v smaller than half a code is then not lost for ever. None: to the nearest.
+            x on average. A change of v smaller than half a code is then not lost for ever. (Below the smallest code of
+            power's v there is none: such an x always becomes that code.) None: to the nearest.
 
     The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k (to the
     even code of an 8-bit power v); in dynamic away from zero.
@@ -236,7 +237,7 @@ def root(x: Tensor) -> Tensor:
 def _keep(x: Tensor) -> Tensor:
     """Return x (n, 1); compiled, Inductor then computes it once per row: as_strided needs it in memory.
 
-    Inlined instead, each vector of 16 elements would divide again: 1.5 x fused AdamW instead of 1.4 on a CPU.
+    Inlined instead, each vector of 16 elements would divide again, which cost a tenth of the step on a CPU.
     """
     return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
 
@@ -345,7 +346,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with the moments stored as `config` says; lr, betas, eps, weight_decay as in torch.optim.AdamW.
 
     A group may override any of lr, betas, eps, weight_decay, m1, m2, block (see OptimConfig.formats). state[p] has
-    plain tensors: step; exp_avg and exp_avg_sq, codes (n, B) or (n, B/2), or the fp32 moment; scales (n, 2).
+    plain tensors: step; exp_avg and exp_avg_sq, codes (n, B) or (n, B/2), or the fp32 moment; scales (n, 2). Tensors
+    with two fp32 moments are stepped by torch's own fused AdamW, which keeps a nan.
 
     Args:
         params: parameters or groups, as `param_groups` makes them.
@@ -362,6 +364,9 @@ class AdamW(torch.optim.Optimizer):
         self.seed, self.compile = seed, compile
         super().__init__(params, dict(lr=lr, betas=(config.beta1, config.beta2), eps=eps,
                                       weight_decay=config.weight_decay, **config.formats()))
+
+    def __getstate__(self) -> dict:  # for copies and pickles; torch's keeps only what it knows
+        return {**super().__getstate__(), "seed": self.seed, "compile": self.compile}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -414,7 +419,7 @@ class AdamW(torch.optim.Optimizer):
                 [*args, [state["scales"]]]
             if self.compile:
                 for z in sum(piece, []):
-                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B stays a constant, as C++ needs
+                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B is a constant while it can be
             key = None
             if any(m.bits < 32 and m.rounding == "stochastic" for m in moments):
                 seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
@@ -436,6 +441,8 @@ class AdamW(torch.optim.Optimizer):
         Raises: ValueError for a state of another format or shape, naming both. (torch would cast every tensor to the
         dtype of its parameter, codes to floats, and notice nothing.)
         """
+        if any(g.get("amsgrad") or g.get("maximize") for g in state_dict["param_groups"]):
+            raise ValueError("the optimizer state has amsgrad or maximize, which are not here; start it afresh")
         theirs, ours = ([[tuple(g.get(m, (32,))) for m in ("m1", "m2")] + [len(g["params"])] for g in groups]
                         for groups in (state_dict["param_groups"], self.param_groups))
         if theirs != ours:
@@ -475,8 +482,8 @@ class AdamW(torch.optim.Optimizer):
         groups = [{k: v for k, v in g.items() if k not in ("m1", "m2", "block")} for g in ours["param_groups"]]
         return {"state": state, "param_groups": groups}
 
-    def describe(self) -> str:
-        """Return one line: which tensors are stored how, in how many real bytes (allocates what step() would)."""
+    def describe(self) -> tuple[float, str]:
+        """Return (bytes per parameter, one line): what is stored how, as the real tensors count (makes the state)."""
         kinds = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -486,7 +493,8 @@ class AdamW(torch.optim.Optimizer):
                 kind[:] = kind[0] + 1, kind[1] + p.numel(), kind[2] + size
         parts = [f"{k} {n} tensors, {e / 1e6:.2f}M elements, {b / 1e6:.2f} MB" for k, (n, e, b) in kinds.items()]
         elements, size = (sum(kind[i] for kind in kinds.values()) for i in (1, 2))
-        return f"optimizer state: {size / elements:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
+        each = size / elements
+        return each, f"optimizer state: {each:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
 
 
 def _moments(p: Tensor, group: dict) -> tuple[Moment, Moment]:

@@ -30,8 +30,8 @@ tensor of maxima of |x|; `quantize` makes integer codes, `fake_quantize` goes th
 
 Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its official code, chandar-lab/EfficientLLMs at
 d5b6153: the formulas, which granularities, what is left alone.
-Everything here is arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the
-operands kept for backward are int8 codes.
+The GEMMs here are arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the operands
+kept for backward are int8 codes. int8.py runs the same GEMMs on integer units.
 """
 
 from collections.abc import Callable
@@ -94,6 +94,9 @@ class QuantConfig:
                 if not fits:
                     raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --gemm=int8, whose scales must "
                                      f"factor out of every GEMM; use --{flag}={remedy}")
+        if g and self.ggran == "per_row" and self.backward == "ste" and (blocks or self.asym):
+            raise ValueError("--ggran=per_row takes up the scales of w and x, which per_block and --asym do not allow; "
+                             "use per_channel weights and per_token activations without --asym, or another --ggran")
         if self.wblock < 1:
             raise ValueError(f"--wblock={self.wblock} must be at least 1")
 
@@ -364,7 +367,7 @@ def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[
     lie along the contraction L and do not factor out of it. But A @ (codes * s).T = (A * s) @ codes.T: the gradient
     takes them up before it is rounded, all scales are then per row, and x and w need not be rounded a second time.
     """
-    if getattr(quantizer, "fold", False) and isinstance(b, Quantized) and b.zero_point is None and b.scale.shape[2] > 1:
+    if getattr(quantizer, "fold", False) and isinstance(b, Quantized) and b.scale.shape[2] > 1:
         s = b.scale.expand(1, 1, -1, b.codes.shape[1] // b.scale.shape[2])  # (1, 1, L/tc, tc)
         a, b = a.float() * s.reshape(1, -1), Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)
     return round_operand(quantizer, a), b

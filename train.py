@@ -220,7 +220,7 @@ def can_compile() -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed: every step frees and asks for the same memory, and new pages cost faults.
 
-    Measured with results/int8.md's command on a CPU: 1.2 x the steps per second in fp32, 1.4 x with int8-all.
+    About 1.2 x the steps per second on one CPU (results/int8.md).
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
@@ -388,7 +388,7 @@ def introduce(config: TrainConfig, processes: Processes, model: GPT, optimizer: 
     quantized = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
     total = sum(p.numel() for p in model.parameters())
     processes.print(f"{total:,} parameters, {quantized:,} of them in quantized linear layers")
-    processes.print(optimizer.describe())
+    processes.print(optimizer.describe()[1])
 
 
 # -----------------------------------------------------------------------------
@@ -565,8 +565,9 @@ def load_config() -> tuple[TrainConfig, dict | None]:
     if not checkpoint:
         return config, None
     for name, value in flatten(config).items():
-        if name not in FREE_ON_RESUME and value != checkpoint["config"][name]:
-            raise ValueError(f"--{name}={value} differs from the {checkpoint['config'][name]} this run began with, "
+        began = checkpoint["config"].get(name, value)  # a flag that is younger than the checkpoint
+        if name not in FREE_ON_RESUME and value != began:
+            raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
                              "and would make it another run; choose another --out_dir")
     if checkpoint["step"] >= config.max_iters:
         raise ValueError(f"the run in {config.out_dir} has finished its {checkpoint['step']} steps; "

@@ -55,6 +55,12 @@ def test_a_file_explains_itself(path):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
+def test_no_placeholders():
+    """What is read by people is finished: nothing stands for text to come."""
+    for path in [ROOT / "README.md", *ROOT.glob("results/*.md"), *FILES]:
+        assert not re.search(r"@[A-Z]{2,}@|TODO|FIXME", path.read_text()), path.name
+
+
 @pytest.mark.parametrize("name", ["train.py", "eval.py", "prepare_data.py"])
 def test_help_is_a_map(name):
     """--help shows the docstring, and every flag with the comment that stands behind it in the source."""

@@ -195,3 +195,20 @@ def test_transposed_operands_with_an_axis_of_one(m, k, n):
         for right in (b, b.contiguous().clone()):
             y = int8_gemm(quantized(left), quantized(right), torch.float64)
             assert torch.equal(y.long(), a.long() @ b.long().T)
+
+
+def test_a_sum_that_int32_cannot_hold():
+    """From 133,145 products of 127 x 127 on the sum could wrap: refused, with the remedy."""
+    row = Quantized(torch.ones(1, 133_145, dtype=torch.int8), torch.ones(1, 1, 1, 1), None)
+    with pytest.raises(ValueError, match="133145 products.*smaller --batch_size"):
+        int8_gemm(row, row, torch.float32)
+    short = Quantized(torch.full((1, 133_144), 127, dtype=torch.int8), torch.ones(1, 1, 1, 1), None)
+    assert int8_gemm(short, short, torch.float64).item() == pytest.approx(127 * 127 * 133_144, rel=1e-7)
+
+
+@pytest.mark.parametrize("flags", [dict(abits=8, agran="per_block"), dict(wbits=8, wgran="per_block"),
+                                   dict(abits=8, asym=True)])
+def test_per_row_refuses_what_it_cannot_fold(flags):
+    """Scales of blocks and zero points do not move into the gradient."""
+    with pytest.raises(ValueError, match="--ggran=per_row"):
+        QuantConfig(gbits=8, ggran="per_row", **flags)

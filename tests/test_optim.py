@@ -385,7 +385,7 @@ def test_6_bytes_of_the_state(bits, each, total):
     layer = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
     params = [nn.Parameter(torch.empty(s)) for s in [(50304, c), (1024, c), *layer * 12, (c,), (c,)]]
     opt = AdamW(params, 1e-3, OptimConfig(**both(bits)))
-    line = opt.describe()
+    line = opt.describe()[1]
     size = {p: sum(x.nbytes for key, x in opt.state[p].items() if key != "step") for p in params}
     assert len(params) == 148 and all(size[p] == (each if p.numel() >= 4096 else 8) * p.numel() for p in params)
     mean = sum(size.values()) / sum(p.numel() for p in params)
@@ -681,3 +681,21 @@ def test_ranks_hold_identical_codes(tmp_path):
     (state, weights), (state2, weights2) = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(weights[k], weights2[k]) for k in weights) and state[0]["exp_avg"].dtype == torch.uint8
     assert all(torch.equal(state[i][k], state2[i][k]) for i in state for k in state[i])
+
+
+def test_copies_go_on():
+    """A deep copy of the optimizer steps as the original would; torch keeps only state and groups by itself."""
+    params, opt = make(NOISY4, seed=5)
+    walk(params, opt, [0])
+    others, opt2 = copy.deepcopy((params, opt))
+    walk(params, opt, [1])
+    walk(others, opt2, [1])
+    assert same(params, others, opt, opt2)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_of_torch_that_are_not_here(option):
+    """A state of torch.optim.AdamW with amsgrad or maximize would step otherwise here: refused."""
+    params, opt = make({})
+    with pytest.raises(ValueError, match="amsgrad or maximize"):
+        opt.load_state_dict(torch.optim.AdamW(params, **{option: True}).state_dict())

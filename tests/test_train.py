@@ -20,7 +20,7 @@ import torch
 
 import train
 from config import build, flatten
-from model import load_checkpoint
+from model import load_checkpoint, save_checkpoint
 from prepare_data import DataConfig, PrepareConfig, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +263,9 @@ def test_resume_refuses_another_run(run, data, tmp_path):
     assert code == 2 and "--wbits=8 differs from the 32 this run began with" in err
     code, _, err = run(tmp_path / "a", "--resume", small=[])
     assert code == 2 and "has finished its 2 steps" in err
+    old = load_checkpoint(tmp_path / "a")
+    del old["config"]["gemm"]  # as if written before that flag existed
+    save_checkpoint(tmp_path / "a" / "ckpt.pt", old)
     code, _, err = run(tmp_path / "a", "--resume", "--m1bits=8", small=[])
     assert code == 2 and "--m1bits=8 differs from the 32 this run began with" in err
     code, _, _ = run(tmp_path / "a", "--resume", "--max_iters=4", small=[])
