@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# What has to be measured on a GPU, in one go of under 30 minutes on an H100: tests, benches, curves, the matrix of moments.
+#     bash results/gpu.sh OUT            writes OUT/*.txt and OUT/runs/*/log.jsonl; PYTHON names another interpreter
+# Written before a GPU was at hand: run on a CPU only in parts. Each part has its own time limit and fails alone.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?usage: bash results/gpu.sh OUT}
+export PYTHON=${PYTHON:-python}
+mkdir -p "$out/runs"
+part() { name=$1; limit=$2; shift 2; echo "== $name"; timeout "$limit" "$@" > "$out/$name.txt" 2>&1; echo "rc $?"; tail -n 12 "$out/$name.txt"; }
+
+git describe --always --dirty > "$out/commit.txt"
+part tests 300 "$PYTHON" -m pytest -q -x tests/test_quant.py tests/test_int8.py tests/test_optim.py tests/test_model.py
+part optimizer 180 "$PYTHON" bench.py --what=optimizer --rounds=30
+part memory 60 "$PYTHON" bench.py --what=memory
+part step 420 "$PYTHON" bench.py --variants=plain,E0,w8a8,int8,int8-all,adam8 --batch_size=16 --vocab_size=50257 --rounds=20
+
+# Simulated beside integer, the same seed: the losses of two log files.
+for preset in E0 w8a8 int8 int8-all; do
+  part "curve-$preset" 120 "$PYTHON" train.py --preset=gpt2,$preset --out_dir="$out/runs/curve-$preset" --max_iters=150 \
+    --gradient_accumulation_steps=4 --warmup_iters=50 --eval_interval=150 --sample_tokens=0
+done
+
+# Moments: 1.3M parameters, 27M tokens (20 per parameter), 3 seeds, two beta2; eight runs at a time.
+one() {
+  "$PYTHON" train.py --preset="tiny,$1" --beta2="$2" --seed="$3" --n_embd=160 --batch_size=64 --max_iters=3300 --warmup_iters=200 \
+    --eval_interval=1100 --eval_tokens=0 --sample_tokens=0 --dtype=float32 --out_dir="$4/runs/$1-$2-$3" > "$4/runs/$1-$2-$3.txt" 2>&1
+  rm -f "$4/runs/$1-$2-$3"/*.pt
+}
+export -f one
+for seed in 1 2 3; do for beta2 in 0.95 0.999; do for p in E0 S1 S2 S3 S4 S6 S6-per_tensor adam8-dynamic adam8 adam4; do
+  echo "$p $beta2 $seed $out"; done; done; done | timeout 780 xargs -P 8 -L 1 bash -c 'one "$0" "$1" "$2" "$3"'
+grep -h val_loss "$out"/runs/*/log.jsonl | tail -n 3
