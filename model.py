@@ -20,6 +20,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -28,7 +29,17 @@ from torch import Tensor
 
 from config import build, one_line_errors, parse
 from int8 import int8_gemm
-from quant import QuantConfig, Quantized, QuantLinear, Recipe, gemm, linear_backward, make_recipe, round_operand
+from quant import (
+    QuantConfig,
+    Quantized,
+    QuantLinear,
+    Recipe,
+    gemm,
+    keep8,
+    linear_backward,
+    make_recipe,
+    round_operand,
+)
 
 MAX_LOGITS = 2**27  # elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks
 
@@ -43,6 +54,7 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention and residuals; the paper has 0.1
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2
     stable_embedding: bool = False  # 2110.02861: Xavier-uniform token embedding and a LayerNorm behind it
+    keep8: Literal["none", "gelu", "attn", "both"] = "none"  # what keeps its inputs for backward in 8 bits
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -52,6 +64,9 @@ class GPTConfig:
             raise ValueError(f"--n_head={self.n_head} must divide --n_embd={self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout} must lie in [0, 1)")
+        if self.dropout and self.keep8 in ("attn", "both"):
+            raise ValueError(f"--keep8={self.keep8} runs attention again in backward, where dropout would draw other "
+                             "numbers; use --dropout=0 or --keep8=gelu")
 
 
 Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_features, bias) -> layer
@@ -164,32 +179,43 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, linear: Linear, name: str):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.keep8 = config.n_head, config.dropout, config.keep8 in ("attn", "both")
         self.c_attn = linear(f"{name}.c_attn", config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = linear(f"{name}.c_proj", config.n_embd, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, T, C) over time."""
-        B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, heads, T, C/heads)
-                   for t in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        y = keep8(self.mix, qkv, x.shape[2] // self.n_head) if self.keep8 else self.mix(qkv)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """Attend: q, k and v side by side (B, T, 3C) -> (B, T, C)."""
+        B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, heads, T, C/heads)
+                   for t in qkv.split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).reshape(B, T, C)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, the tanh approximation."""
+    return F.gelu(x, approximate="tanh")
 
 
 class MLP(nn.Module):
-    """Two linears around GPT-2's GELU (the tanh approximation)."""
+    """Two linears around a GELU."""
 
     def __init__(self, config: GPTConfig, linear: Linear, name: str):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.keep8 = config.dropout, config.keep8 in ("gelu", "both")
         self.c_fc = linear(f"{name}.c_fc", config.n_embd, 4 * config.n_embd, config.bias)
         self.c_proj = linear(f"{name}.c_proj", 4 * config.n_embd, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) token by token."""
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        x = self.c_fc(x)  # (B, T, 4C)
+        return F.dropout(self.c_proj(keep8(gelu, x) if self.keep8 else gelu(x)), self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -434,3 +434,33 @@ class QuantLinear(nn.Linear):
         y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
         y = y if bias is None else y + bias  # outside: the gradient of the bias comes from the untouched g
         return y.view(*x.shape[:-1], -1)
+
+
+# -----------------------------------------------------------------------------
+# what other layers keep for backward
+
+class _Keep8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f, block):
+        q = Quantizer(8, (1, block)).quantize(x.flatten(0, -2))
+        ctx.f, ctx.shape, ctx.dtype = f, x.shape, x.dtype
+        ctx.save_for_backward(q.codes, q.scale)
+        return f(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        codes, scale = ctx.saved_tensors
+        x = restore(Quantized(codes, scale, None)).view(ctx.shape).to(ctx.dtype)
+        return torch.func.vjp(ctx.f, x)[1](g)[0], None, None
+
+
+def keep8(f: Callable[[Tensor], Tensor], x: Tensor, block: int | None = None) -> Tensor:
+    """Return f(x), keeping for backward nothing but x in int8 codes, from which backward runs f again.
+
+    The output is exact, the gradient is that of f at the rounded x.
+
+    Args:
+        f: deterministic, a pure function of x.  x: (..., C).  block: elements of a row that share a scale; None: C.
+    Source: the idea of Chen et al. 2021, arXiv 2104.14129 (ActNN), with the quantizer of this file.
+    """
+    return _Keep8.apply(x, f, block) if torch.is_grad_enabled() else f(x)

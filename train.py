@@ -117,6 +117,8 @@ PRESETS = SIZES | {
     # the same on integer units (int8.py): the forward GEMM, or all three
     "int8": dict(wbits=8, abits=8, gemm="int8"),
     "int8-all": dict(wbits=8, abits=8, gbits=8, ggran="per_row", ggemm="both", gemm="int8"),
+    # GELU and attention keep their inputs for backward in 8 bits
+    "keep8": dict(keep8="both"),
     # Adam's moments (optim.py)
     "adam8": dict(m1bits=8, m2bits=8),
     "adam4": dict(m1bits=4, m2bits=4),

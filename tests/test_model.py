@@ -994,3 +994,28 @@ def test_stable_embedding(tmp_path):
     assert torch.allclose(seen[0], normal + model.wpe.weight, atol=1e-5) and model.ln_e.weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="stable_embedding"):
         export_hf(model, tmp_path)
+
+
+def gradients(keep, compiled=False):
+    """Return the loss and all gradients, flat, of one batch through a small GPT."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, keep8=keep), 60, quant_linears(QuantConfig()))
+    idx = torch.randint(60, (4, 17), generator=torch.Generator().manual_seed(1))
+    loss = (torch.compile(model, dynamic=False) if compiled else model)(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_keep8_in_the_model():
+    """The loss does not change by a bit, the gradient by less than a hundredth; compiled is eager, to rounding."""
+    loss, exact = gradients("none")
+    for keep in ("gelu", "attn", "both"):
+        ours, rounded = gradients(keep)
+        assert torch.equal(ours, loss) and 0 < (rounded - exact).norm() < 0.01 * exact.norm()
+    torch.testing.assert_close(gradients("both", compiled=True), (loss, rounded), rtol=1e-4, atol=1e-6)
+
+
+def test_keep8_refuses_dropout_in_what_runs_again():
+    with pytest.raises(ValueError, match="--keep8=both runs attention again"):
+        GPTConfig(dropout=0.1, keep8="both")
+    GPTConfig(dropout=0.1, keep8="gelu")

@@ -22,6 +22,7 @@ from quant import (
     asymmetric_scale,
     dequantize,
     gemm,
+    keep8,
     linear_backward,
     linear_forward,
     make_recipe,
@@ -964,3 +965,24 @@ def test_ste_refuses_slots_it_would_not_use():
         with pytest.raises(ValueError, match="use backward='fp'"):
             Recipe(**{slot: Quantizer()})
         assert getattr(Recipe(**{slot: Quantizer()}, backward="fp"), slot) == Quantizer()
+
+
+# -----------------------------------------------------------------------------
+# keep8
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [None, 8])
+def test_keep8_is_exact_forward_and_rounded_backward(dtype, block):
+    """The output is f(x) bit for bit; the gradient is autograd's, at fake-quantized x; one byte an element is kept."""
+    def f(x):
+        return F.gelu(x.roll(1, -1), approximate="tanh") * x
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    g, kept = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = keep8(f, x, block)
+    assert bitwise(y, f(x)) and sum(t.nbytes for t in kept) == x.numel() + 4 * x.numel() // (block or 24)
+    dx, = torch.autograd.grad(y, x, g)
+    rounded = Quantizer(8, (1, block))(x.detach().view(15, 24)).view(3, 5, 24).requires_grad_()
+    assert bitwise(dx, torch.autograd.grad(f(rounded), rounded, g)[0])
+    with torch.no_grad():
+        assert bitwise(keep8(f, x, block), f(x))
