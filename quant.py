@@ -373,9 +373,13 @@ def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[
     return round_operand(quantizer, a), b
 
 
-def linear_forward(x: Tensor, w: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized]:
-    """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w."""
-    qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
+def linear_forward(x: Tensor, w: Tensor, recipe: Recipe, qw: Quantized | None = None
+                   ) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized]:
+    """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w.
+
+    Args: qw: q(w), where it is at hand.
+    """
+    qx, qw = round_operand(recipe.output_input, x), qw or round_operand(recipe.output_weight, w)
     y = (recipe.engine or gemm)(qx, qw, x.dtype)
     return (y, qx, qw) if recipe.backward == "ste" else (y, x, w)
 
@@ -394,8 +398,8 @@ def linear_backward(g: Tensor, x: Tensor | Quantized, w: Tensor | Quantized, rec
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, recipe):
-        y, qx, qw = linear_forward(x, w, recipe)
+    def forward(ctx, x, w, recipe, codes, scale):
+        y, qx, qw = linear_forward(x, w, recipe, None if codes is None else Quantized(codes, scale, None))
         ctx.recipe, ctx.w_dtype = recipe, w.dtype
         ctx.x_parts, ctx.w_parts = (len(q) if isinstance(q, Quantized) else 1 for q in (qx, qw))
         ctx.save_for_backward(*(qx if isinstance(qx, Quantized) else (qx,)),
@@ -408,7 +412,7 @@ class _QuantLinear(torch.autograd.Function):
         qx = Quantized(*saved[:ctx.x_parts]) if ctx.x_parts > 1 else saved[0]
         qw = Quantized(*saved[ctx.x_parts:]) if ctx.w_parts > 1 else saved[-1]
         dx, dw = linear_backward(g, qx, qw, ctx.recipe)
-        return dx, dw.to(ctx.w_dtype), None
+        return dx, dw.to(ctx.w_dtype), None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -424,6 +428,7 @@ class QuantLinear(nn.Linear):
                  reparam: Callable[[Tensor], Tensor] | None = None):
         super().__init__(in_features, out_features, bias)
         self.recipe, self.reparam = recipe, reparam
+        self.codes = self.scale = None  # of the weight, from `round_weights`; None: it is rounded at every call
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x (..., K) -> (..., N)."""
@@ -431,9 +436,27 @@ class QuantLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.recipe is None:
             return F.linear(x, w.to(x.dtype), bias)
-        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
+        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe, self.codes, self.scale)  # (M, N)
         y = y if bias is None else y + bias  # outside: the gradient of the bias comes from the untouched g
         return y.view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round the weights of all QuantLinears once, for all forwards until the next call.
+
+    For gradient accumulation: the micro-batches of an optimizer step share their weights. Whoever has called it must
+    call it again whenever the weights change.
+    """
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear) and layer.recipe and not layer.reparam and \
+                isinstance(layer.recipe.output_weight, Quantizer):
+            codes, scale, _ = layer.recipe.output_weight.quantize(layer.weight)
+            if layer.codes is None:
+                layer.codes, layer.scale = codes, scale
+            else:  # in place: compiled code and its guards stay
+                layer.codes.copy_(codes)
+                layer.scale.copy_(scale)
 
 
 # -----------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from model import (
 )
 from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
-from quant import QuantConfig, QuantLinear
+from quant import QuantConfig, QuantLinear, round_weights
 
 
 @dataclass
@@ -413,6 +413,9 @@ class Run:
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.evaluated, self.best = (checkpoint[k] for k in ("step", "evaluated", "best"))
+        self.accumulates = config.gradient_accumulation_steps > processes.world
+        if self.accumulates:
+            round_weights(self.raw)
         self.windows = val_windows(self.val_tokens, config.model.block_size, config.eval_tokens)
         self.batches = Batches(self.train_tokens, config, processes)
         # Compile first, then DDP around it. Static shapes: every micro-batch has the same.
@@ -481,6 +484,8 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, config)
             self.optimizer.step()
+            if self.accumulates:
+                round_weights(self.raw)  # once for all micro-batches
             self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm.item(), stops > 0

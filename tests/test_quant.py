@@ -31,6 +31,7 @@ from quant import (
     restore,
     round_ste,
     round_stochastic,
+    round_weights,
     symmetric_scale,
     tiles,
     unpack_int4,
@@ -965,6 +966,43 @@ def test_ste_refuses_slots_it_would_not_use():
         with pytest.raises(ValueError, match="use backward='fp'"):
             Recipe(**{slot: Quantizer()})
         assert getattr(Recipe(**{slot: Quantizer()}, backward="fp"), slot) == Quantizer()
+
+
+# -----------------------------------------------------------------------------
+# weights rounded once for several forwards
+
+@pytest.mark.parametrize("flags", [dict(), dict(wgran="per_tensor", split_qkv=True), dict(wgran="per_block", wblock=8),
+                                   dict(backward="fp"), dict(gbits=8, ggran="per_row", ggemm="both")], ids=str)
+def test_round_weights_changes_nothing_but_when(flags):
+    """Output and gradients are bit for bit those of a layer that rounds its weight at every call, step after step."""
+    recipe, x = make_recipe(QuantConfig(wbits=8, abits=8, **flags), third=4), torch.randn(6, 16)
+    layers = [QuantLinear(16, 12, recipe=recipe) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    storage = None
+    for step in range(3):
+        round_weights(layers[1])
+        storage = storage or layers[1].codes.data_ptr()
+        assert layers[1].codes.data_ptr() == storage  # compiled code may hold on to it
+        for _ in range(2):
+            results = []
+            for layer in layers:
+                y = layer(x)
+                y.square().sum().backward()
+                results.append((y.detach(), layer.weight.grad.clone()))
+            assert all(bitwise(a, b) for a, b in zip(*results, strict=True))
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight -= 0.01 * (step + 1) * layer.weight.grad
+    assert list(layers[1].state_dict()) == ["weight", "bias"]
+
+
+def test_round_weights_leaves_alone_what_it_cannot_round_once():
+    """No recipe, weights untouched, a foreign quantizer, a reparametrized weight: rounded, if at all, at every call."""
+    layers = [QuantLinear(4, 4), QuantLinear(4, 4, recipe=Recipe(output_input=Quantizer())),
+              QuantLinear(4, 4, recipe=Recipe(output_weight=torch.round)),
+              QuantLinear(4, 4, recipe=Recipe(output_weight=Quantizer()), reparam=torch.tanh)]
+    round_weights(torch.nn.ModuleList(layers))
+    assert all(layer.codes is None for layer in layers)
 
 
 # -----------------------------------------------------------------------------

@@ -337,9 +337,10 @@ def group(argv, world, target=child, **variables):
     return [process.exitcode for process in processes]
 
 
-def test_two_processes_follow_one(run, data, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--preset=int8-all,keep8"]], ids=str)
+def test_two_processes_follow_one(flags, run, data, tmp_path):
     """The same global batch over two processes: the same losses for 50 steps, and the same validation loss."""
-    flags = [*W8A8, "--max_iters=50", "--eval_interval=25"]
+    flags = [*W8A8, *flags, "--max_iters=50", "--eval_interval=25"]
     run(tmp_path / "one", *flags)
     assert group([*SMALL, *flags, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}"], 2) == [0, 0]
     one, two = log(tmp_path / "one")[1:], log(tmp_path / "two")[1:]
