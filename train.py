@@ -117,6 +117,9 @@ PRESETS = SIZES | {
     # the same on integer units (int8.py): the forward GEMM, or all three
     "int8": dict(wbits=8, abits=8, gemm="int8"),
     "int8-all": dict(wbits=8, abits=8, gbits=8, ggran="per_row", ggemm="both", gemm="int8"),
+    # FP8 as in 2209.05433: precision forward, range for gradients. Every scale is per row, so that a row-wise scaled
+    # FP8 GEMM could run all three.
+    "fp8": dict(wbits=8, wfmt="e4m3", abits=8, afmt="e4m3", gbits=8, gfmt="e5m2", ggran="per_row", ggemm="both"),
     # Adam's moments (optim.py)
     "adam8": dict(m1bits=8, m2bits=8),
     "adam4": dict(m1bits=4, m2bits=4),
