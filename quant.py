@@ -1,4 +1,4 @@
-"""Linear quantization and the linear layer that is trained with it.
+"""Quantization to integers and FP8, and the linear layer that is trained with it.
 
 One idea carries this repository: a linear layer is three GEMMs with six operands, and a Recipe says what each
 operand is rounded to. With M tokens, K inputs, N outputs, x (M, K), w (N, K) and g = dLoss/dy (M, N), every GEMM
@@ -9,9 +9,11 @@ is written as A @ B.T, its contraction on the last axis of both operands:
     grad_input    dx = q(g)   @ q(w.T).T        g    (M, N)  w.T  (K, N)  N
     grad_weight   dw = q(g.T) @ q(x.T).T        g.T  (N, M)  x.T  (K, M)  M (tokens)
 
-A quantizer maps a real tensor to integers and back, x ~ (q - zero_point) * scale (Jacob et al. 2018, eq. 1). All of
-it is dynamic: the scale is recomputed from the tensor at each call, and no gradient flows through it. What shares a
-scale is a tile of the matrix, so granularity is nothing but a tile shape:
+A quantizer maps a real tensor to integers and back, x ~ (q - zero_point) * scale (Jacob et al. 2018, eq. 1). q may be
+an FP8 number instead, e4m3 or e5m2, whose steps grow with it (4 or 5 bits of exponent, 3 or 2 of mantissa;
+Micikevicius et al. 2022, arXiv 2209.05433). All of it is dynamic: the scale is recomputed from the tensor at each
+call, and no gradient flows through it. What shares a scale is a tile of the matrix, so granularity is nothing but a
+tile shape:
 
     granularity        tile of (rows, columns)   scales   for
     per_tensor         everything                1        W, A, G
@@ -22,16 +24,18 @@ scale is a tile of the matrix, so granularity is nothing but a tile shape:
     per_row (G)        one row of A              M, N     G: of g in grad_input and of g.T in grad_weight, see `fold`
 
 Where a scale is constant along the contraction it factors out: y = (codes_x @ codes_w.T) * scale_x * scale_w. We do
-just that, because integers up to 256 are exact in bfloat16 while their products with a scale are not: the simulated
-GEMM then sees the very integers that an int8 GEMM would. Where it is not constant, the operand is dequantized first.
+just that, because integers up to 256 and FP8 numbers are exact in bfloat16 while their products with a scale are not:
+the simulated GEMM then sees the very codes that an int8 or FP8 GEMM would. Where it is not constant, the operand is
+dequantized first.
 
 Vocabulary: `scale` multiplies to DEquantize, a reciprocal is `inv_scale`; `qmin`, `qmax` are inclusive; `amax` is a
-tensor of maxima of |x|; `quantize` makes integer codes, `fake_quantize` goes there and back.
+tensor of maxima of |x|; `quantize` makes codes, integer or FP8, `fake_quantize` goes there and back.
 
 Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its official code, chandar-lab/EfficientLLMs at
 d5b6153: the formulas, which granularities, what is left alone.
 The GEMMs here are arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the operands
-kept for backward are int8 codes. int8.py runs the same GEMMs on integer units.
+kept for backward are int8 or float8 codes, one byte each. int8.py runs the integer GEMMs on integer units; FP8 is
+simulated only.
 """
 
 from collections.abc import Callable
@@ -46,17 +50,21 @@ from torch import Tensor
 # A scale below the smallest normal number would be flushed to zero on some devices. The official code's floors, 1e-5 to
 # 1e-9, are far inside the range of real gradients and moments and would round those to zero.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # largest numbers: 448 and 57344
 
 
 @dataclass
 class QuantConfig:
     """What each operand of the linear layers is rounded to (32 bits: untouched)."""
     wbits: int = 32  # bits of the weights: 2 to 8, or 32
+    wfmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the weights; FP8 needs --wbits=8
     wgran: Literal["per_tensor", "per_channel", "per_block"] = "per_channel"  # what shares a scale in the weights
     abits: int = 32  # bits of the activations, the linear layers' inputs: 2 to 8, or 32
+    afmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the activations; FP8 needs --abits=8
     agran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the activations
     asym: bool = False  # activations get a zero point (for ranges that are not centred on zero)
     gbits: int = 32  # bits of the gradients of the linear layers' outputs: 2 to 8, or 32
+    gfmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the gradients; FP8 needs --gbits=8
     ggran: Literal["per_tensor", "per_token", "per_channel", "per_block", "per_row"] = "per_token"  # ... in gradients
     ggemm: Literal["grad_weight", "grad_input", "both"] = "grad_weight"  # the GEMMs that see the quantized gradient
     rounding: Literal["nearest", "stochastic"] = "nearest"  # how gradients are rounded; W and A are always nearest
@@ -74,6 +82,7 @@ class QuantConfig:
         splits = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
         blocks = "per_block" in (self.wgran, self.agran, self.ggran)
         for flag, has_effect, needs in (
+                ("wfmt", w, "--wbits=8"), ("afmt", a, "--abits=8"), ("gfmt", g, "--gbits=8"),
                 ("wgran", w, "--wbits below 32"), ("agran", a, "--abits below 32"), ("asym", a, "--abits below 32"),
                 ("ggran", g, "--gbits below 32"), ("ggemm", g, "--gbits below 32"),
                 ("gemm", w and a, "--wbits and --abits below 32"), ("rounding", g, "--gbits below 32"),
@@ -85,15 +94,23 @@ class QuantConfig:
             value = getattr(self, flag)
             if value != type(self).__dataclass_fields__[flag].default and not has_effect:
                 raise ValueError(f"--{flag}={value} has no effect without {needs}; drop it or add that")
+        for flag, fmt, fits, remedy in (
+                ("wbits", "wfmt", self.wbits == 8, 8), ("abits", "afmt", self.abits == 8, 8),
+                ("gbits", "gfmt", self.gbits == 8, 8), ("asym", "afmt", not self.asym, False),
+                ("rounding", "gfmt", self.rounding == "nearest", "nearest")):
+            if getattr(self, fmt) != "int" and not fits:
+                raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --{fmt}={getattr(self, fmt)}, which is "
+                                 f"symmetric, 8 bits, rounded to nearest; use --{flag}={remedy} or --{fmt}=int")
         if self.gemm == "int8":
             for flag, fits, remedy in (
+                    *((fmt, getattr(self, fmt) == "int", "int") for fmt in ("wfmt", "afmt", "gfmt")),
                     ("wgran", self.wgran != "per_block", "per_channel or per_tensor"),
                     ("agran", self.agran in ("per_token", "per_tensor"), "per_token or per_tensor"),
                     ("asym", not self.asym, "False"), ("ggran", not g or self.ggran == "per_row", "per_row"),
                     ("backward", not g or self.backward == "ste", "ste")):
                 if not fits:
-                    raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --gemm=int8, whose scales must "
-                                     f"factor out of every GEMM; use --{flag}={remedy}")
+                    raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --gemm=int8, which multiplies "
+                                     f"integers whose scales factor out of every GEMM; use --{flag}={remedy}")
         if g and self.ggran == "per_row" and self.backward == "ste" and (blocks or self.asym):
             raise ValueError("--ggran=per_row takes up the scales of w and x, which per_block and --asym do not allow; "
                              "use per_channel weights and per_token activations without --asym, or another --ggran")
@@ -113,7 +130,7 @@ def _check_bits(name: str, bits: int) -> None:
 
 class Quantized(NamedTuple):
     """A quantized matrix: x ~ (codes - zero_point) * scale, tile by tile."""
-    codes: Tensor              # (R, C) int8
+    codes: Tensor              # (R, C) int8 or float8
     scale: Tensor              # (R/tr, 1, C/tc, 1) fp32
     zero_point: Tensor | None  # like scale, integers in fp32; None: symmetric
 
@@ -136,16 +153,21 @@ def tiles(x: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
     return x.unflatten(1, (-1, tc)).unflatten(0, (-1, tr))  # (R/tr, tr, C/tc, tc)
 
 
-def symmetric_scale(t: Tensor, bits: int) -> Tensor:
-    """Return the scale that maps the largest |value| of each tile to qmax = 2^(bits-1) - 1.
+def largest_code(bits: int, fmt: str = "int") -> float:
+    """Return qmax of the symmetric range: 2^(bits-1) - 1 for integers, 448 for e4m3, 57344 for e5m2."""
+    return 2 ** (bits - 1) - 1 if fmt == "int" else torch.finfo(FLOAT8[fmt]).max
+
+
+def symmetric_scale(t: Tensor, bits: int, fmt: str = "int") -> Tensor:
+    """Return the scale that maps the largest |value| of each tile to qmax, the largest code.
 
     The range is [-qmax, qmax], so nothing clips and q(-x) = -q(x). At 8 bits, amax = 2.54 gives scale 0.02.
 
-    Args: t (R/tr, tr, C/tc, tc) fp32 tiles; bits 2 to 8. Returns: (R/tr, 1, C/tc, 1) fp32.
+    Args: t (R/tr, tr, C/tc, tc) fp32 tiles; bits 2 to 8; fmt as Quantizer's. Returns: (R/tr, 1, C/tc, 1) fp32.
     Source: the paper's official code, with a floor of the smallest normal fp32 number instead of 1e-5 to 1e-9.
     """
     amax = t.abs().amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
-    return (amax / (2 ** (bits - 1) - 1)).clamp_min(SCALE_FLOOR)
+    return (amax / largest_code(bits, fmt)).clamp_min(SCALE_FLOOR)
 
 
 def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -176,17 +198,23 @@ def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8,
-             noise: Tensor | None = None) -> Tensor:
-    """Return the int8 codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
+             noise: Tensor | None = None, fmt: str = "int") -> Tensor:
+    """Return the int8 codes of x, clamp(round(x / scale) + zero_point, qmin, qmax), or its float8 codes.
 
-    At scale 0.02: 0.05 / 0.02 = 2.5 becomes 2 (half to even), 0.07 / 0.02 = 3.5 becomes 4.
+    At scale 0.02: 0.05 / 0.02 = 2.5 becomes 2 (half to even), 0.07 / 0.02 = 3.5 becomes 4. FP8 rounds to the nearest
+    number too, ties to the even mantissa: in e4m3 at scale 1, where 16, 18 and 20 are neighbours, 17 becomes 16 and
+    19 becomes 20. inf saturates in every format; a nan stays one in FP8, integers have no code for it (it is then the
+    scale of its tile that is nan, see Quantizer).
 
     Args:
         x: any shape, fp32.  scale, zero_point: broadcast against x; None is the symmetric range [-qmax, qmax].
-        noise: uniform in [0, 1) for stochastic rounding, None for round half to even.
+        noise: uniform in [0, 1) for stochastic rounding, None for round half to even.  fmt: as Quantizer's.
     """
-    qmax = 2 ** (bits - 1) - 1
+    qmax = largest_code(bits, fmt)
     q = x * (1.0 / scale)  # as PyTorch's own fake_quantize ops: one reciprocal per scale, not one division per element
+    if fmt != "int":  # clamped first: past the largest number some casts saturate, some give inf or nan
+        assert zero_point is None and noise is None, f"{fmt} has no zero point and rounds to nearest"
+        return q.clamp(-qmax, qmax).to(FLOAT8[fmt])
     q = torch.round(q) if noise is None else round_stochastic(q, noise)
     q = q.clamp(-qmax, qmax) if zero_point is None else (q + zero_point).clamp(-qmax - 1, qmax)
     return q.to(torch.int8)
@@ -200,24 +228,33 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A callable Tensor (R, C) -> Tensor of the same shape and dtype, rounded; it never knows which GEMM it serves."""
+    """A callable Tensor (R, C) -> Tensor of the same shape and dtype, rounded; it never knows which GEMM it serves.
+
+    In every format one nan or inf makes its whole tile non-finite: the scale of the tile is then nan or inf.
+    """
     bits: int = 8
     tile: tuple[int | None, int | None] = (None, None)  # (rows, columns) that share a scale; None: all of them
     asym: bool = False
     rounding: str = "nearest"  # stochastic draws its noise from torch's default generator
     fold: bool = False  # take up the scales of the GEMM's other operand first, see `fold`
+    fmt: str = "int"  # of the codes; e4m3 and e5m2 are symmetric, 8 bits, rounded to nearest
 
     def __post_init__(self):
         _check_bits("bits", self.bits)
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding={self.rounding!r}: use 'nearest' or 'stochastic'")
+        if self.fmt not in ("int", *FLOAT8):
+            raise ValueError(f"fmt={self.fmt!r}: use 'int', 'e4m3' or 'e5m2'")
+        if self.fmt != "int" and (self.bits, self.asym, self.rounding) != (8, False, "nearest"):
+            raise ValueError(f"fmt={self.fmt!r} is symmetric, 8 bits, rounded to nearest; drop the other arguments")
 
     def quantize(self, x: Tensor) -> Quantized:
         """Return the codes and scales of x (R, C). The arithmetic is fp32: in bf16 it would be off by up to a step."""
         t = tiles(x.float(), self.tile)  # (R/tr, tr, C/tc, tc)
-        scale, zero_point = asymmetric_scale(t, self.bits) if self.asym else (symmetric_scale(t, self.bits), None)
+        scale, zero_point = (asymmetric_scale(t, self.bits) if self.asym else
+                             (symmetric_scale(t, self.bits, self.fmt), None))
         noise = torch.rand_like(t) if self.rounding == "stochastic" else None
-        return Quantized(quantize(t, scale, zero_point, self.bits, noise).view(x.shape), scale, zero_point)
+        return Quantized(quantize(t, scale, zero_point, self.bits, noise, self.fmt).view(x.shape), scale, zero_point)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fake-quantize x (R, C): quantize, dequantize, cast back. 32 bits return x itself."""
@@ -314,12 +351,11 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
               "per_block": block}[config.agran]
     g_tile = {"per_tensor": (None, third), "per_token": (1, third), "per_channel": (None, 1),
               "per_block": block, "per_row": (1, None)}[config.ggran]
-    w = Quantizer(config.wbits, w_tile) if config.wbits < 32 else None
-    a = Quantizer(config.abits, a_tile, config.asym) if config.abits < 32 else None
-    folds = config.ggran == "per_row"
-    g = Quantizer(config.gbits, g_tile, rounding=config.rounding, fold=folds) if config.gbits < 32 else None
+    w = Quantizer(config.wbits, w_tile, fmt=config.wfmt) if config.wbits < 32 else None
+    a = Quantizer(config.abits, a_tile, config.asym, fmt=config.afmt) if config.abits < 32 else None
     g_t_tile = g_tile if config.ggran in ("per_block", "per_row") else g_tile[::-1]
-    g_t = Quantizer(config.gbits, g_t_tile, rounding=config.rounding, fold=folds) if g else None
+    g, g_t = (Quantizer(config.gbits, tile, rounding=config.rounding, fold=config.ggran == "per_row", fmt=config.gfmt)
+              if config.gbits < 32 else None for tile in (g_tile, g_t_tile))
     if not (w or a or g):
         return None
     return Recipe(output_input=a, output_weight=w,

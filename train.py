@@ -117,6 +117,9 @@ PRESETS = SIZES | {
     # the same on integer units (int8.py): the forward GEMM, or all three
     "int8": dict(wbits=8, abits=8, gemm="int8"),
     "int8-all": dict(wbits=8, abits=8, gbits=8, ggran="per_row", ggemm="both", gemm="int8"),
+    # FP8 as in 2209.05433: precision forward, range for gradients. Every scale is per row, so that a row-wise scaled
+    # FP8 GEMM could run all three.
+    "fp8": dict(wbits=8, wfmt="e4m3", abits=8, afmt="e4m3", gbits=8, gfmt="e5m2", ggran="per_row", ggemm="both"),
     # GELU and attention keep their inputs for backward in 8 bits
     "keep8": dict(keep8="both"),
     # Adam's moments (optim.py)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bench
 from bench import BenchConfig, Variant, bench_memory, interleaved, kept_for_backward, ratio, real_bytes, show
@@ -49,8 +50,8 @@ def test_kept_for_backward_by_hand():
             super().__init__()
             self.h, self.weight = torch.nn.ModuleList(), torch.nn.Parameter(torch.randn(8))
     model, x = Model(), torch.randn(4, 8, requires_grad=True)
-    assert kept_for_backward(lambda: torch.nn.functional.gelu(x), model) == {"all": 4 * 8 * 4}
-    assert kept_for_backward(lambda: torch.nn.functional.gelu(x) + torch.tanh(x[:2]).sum(), model)["all"] == 32 * 4 + 16 * 4
+    assert kept_for_backward(lambda: F.gelu(x), model) == {"all": 4 * 8 * 4}
+    assert kept_for_backward(lambda: F.gelu(x) + torch.tanh(x[:2]).sum(), model)["all"] == 32 * 4 + 16 * 4
     assert kept_for_backward(lambda: x * model.weight, model)["all"] == 32 * 4  # for the weight's gradient
     assert kept_for_backward(lambda: (x * x).sum(), model)["all"] == 32 * 4
 

@@ -172,7 +172,9 @@ def test_bytes_kept_for_backward(gemm_flag):
     (dict(wbits=8, abits=8, wgran="per_block"), "wgran"), (dict(wbits=8, abits=8, agran="per_block"), "agran"),
     (dict(wbits=8, abits=8, agran="per_channel"), "agran"), (dict(wbits=8, abits=8, asym=True), "asym"),
     (dict(wbits=8, abits=8, gbits=8), "ggran"), (dict(wbits=8, abits=8, gbits=8, ggran="per_tensor"), "ggran"),
-    (dict(wbits=8, abits=8, gbits=8, ggran="per_row", backward="fp"), "backward")])
+    (dict(wbits=8, abits=8, gbits=8, ggran="per_row", backward="fp"), "backward"),
+    (dict(wbits=8, wfmt="e4m3", abits=8), "wfmt"), (dict(wbits=8, abits=8, afmt="e5m2"), "afmt"),
+    (dict(wbits=8, abits=8, gbits=8, gfmt="e5m2", ggran="per_row"), "gfmt")])
 def test_what_does_not_factor_out_is_refused(flags, named):
     """Each combination without an integer GEMM is an error that names the flag to change."""
     with pytest.raises(ValueError, match=f"--{named}="):

@@ -45,6 +45,8 @@ RECIPES = {  # every shape a recipe can take on its way through the model
     "head_fp": dict(W8A8, quant_head=True, backward="fp"),
     "head_asym_block": dict(W8A8, quant_head=True, asym=True, agran="per_block", wgran="per_block", wblock=16),
     "head_w8a8g8": dict(W8A8, quant_head=True, gbits=8, ggemm="both", split_qkv=True),
+    "head_fp8": dict(W8A8, wfmt="e4m3", afmt="e4m3", gbits=8, gfmt="e5m2", ggran="per_row", ggemm="both",
+                     quant_head=True),
 }
 recipes = pytest.mark.parametrize("quant", [pytest.param(q, id=name) for name, q in RECIPES.items()])
 
@@ -490,7 +492,11 @@ def test_one_batch_overfits(quant):
 
 @recipes
 def test_bfloat16_is_near_fp32(quant):
-    """bf16 activations, fp32 parameters and gradients: loss within 1 %, gradients within 10 % of their norm."""
+    """bf16 activations, fp32 parameters and gradients: loss within 1 %, gradients within 10 % of their norm.
+
+    FP8 within 20 %: bf16 moves numbers across its rounding edges, as far apart as e5m2's numbers (an eighth to a
+    quarter of themselves), so two runs differ by as much as either does from the unquantized one, 14 % here.
+    """
     idx, t = tokens(4, 16), tokens(4, 16, seed=2)
     full, half = gpt(quant, wide=True), gpt(quant, wide=True, dtype=torch.bfloat16)
     assert half(idx).dtype == torch.bfloat16 and half(idx, t).dtype == torch.float32
@@ -499,7 +505,7 @@ def test_bfloat16_is_near_fp32(quant):
     a, b = grads(full, a), grads(half, b)
     for name in a:
         assert b[name].dtype == torch.float32
-        assert (a[name] - b[name]).norm() < 0.1 * a[name].norm() + 1e-6, name
+        assert (a[name] - b[name]).norm() < (0.2 if "gfmt" in quant else 0.1) * a[name].norm() + 1e-6, name
 
 
 def test_compiled_equals_eager():

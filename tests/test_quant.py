@@ -4,6 +4,7 @@ U is fp32's unit roundoff: the result of one operation is within U times itself 
 """
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from quant import (
+    FLOAT8,
     SCALE_FLOOR,
     QuantConfig,
     Quantized,
@@ -21,6 +23,7 @@ from quant import (
     Recipe,
     asymmetric_scale,
     dequantize,
+    fold,
     gemm,
     keep8,
     linear_backward,
@@ -39,12 +42,13 @@ from quant import (
 
 U = 2.0**-24
 BITS = range(2, 9)
+FORMATS = ("int", *FLOAT8)
 NAN, INF = math.nan, math.inf
 
 
 def bitwise(a, b):
     """Equal in dtype, shape and every bit; 0.0 and -0.0 differ, nan equals nan."""
-    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(t.contiguous().view(as_int[t.itemsize]) if t.is_floating_point() else t for t in (a, b)))
@@ -95,24 +99,30 @@ def divisors(n):
 
 
 @st.composite
-def cases(draw, asym=EITHER, rounding="nearest", **kinds):
-    """(x, Quantizer) with a tile that divides x."""
+def cases(draw, asym=EITHER, rounding="nearest", formats=("int",), **kinds):
+    """(x, Quantizer) with a tile that divides x; integers of any width, or one of the FP8 formats."""
     x = draw(matrices(**kinds))
     tile = (draw(divisors(x.shape[0])), draw(divisors(x.shape[1])))
+    if (fmt := draw(st.sampled_from(formats))) != "int":
+        return x, Quantizer(8, tile, fmt=fmt)
     return x, Quantizer(draw(st.sampled_from(BITS)), tile, draw(asym), rounding)
 
 
-def corners(**options):
+def corners(bits=(8, 4, 2), **options):
     """Add every corner, at 8, 4 and 2 bits, as an example for a test of one `case`."""
     def add(test):
-        for x, bits in product(CORNERS, (8, 4, 2)):
-            test = example((x, Quantizer(bits, **options)))(test)
+        for x, b in product(CORNERS, bits):
+            test = example((x, Quantizer(b, **options)))(test)
         return test
     return add
 
 
 def both_corners(test):
     return corners(asym=True)(corners()(test))
+
+
+def float8_corners(test):
+    return corners((8,), fmt="e4m3")(corners((8,), fmt="e5m2")(test))
 
 
 def spread(t, tile, shape):
@@ -330,60 +340,65 @@ def test_idempotent_with_the_scale_given(case):
     assert torch.equal(quantize(back, scale, zero_point, quantizer.bits).view(x.shape), codes)
 
 
-@given(cases(exponents=st.integers(-20, 20)), st.integers(-30, 30))
+@given(cases(exponents=st.integers(-20, 20), formats=FORMATS), st.integers(-30, 30))
 @example((torch.zeros(2, 3), Quantizer()), 5)
+@example((torch.zeros(2, 3), Quantizer(fmt="e5m2")), 5)
 @example((torch.tensor([[3e-39, -1.0]]), Quantizer()), -20)
 def test_power_of_two_scale_equivariance(case, power):
     """2^k x has the codes of x and 2^k times its scale, as long as no range leaves the normal numbers."""
     x, quantizer = case
     here, there = quantizer.quantize(x), quantizer.quantize(x * 2.0**power)
-    assume((here.scale > SCALE_FLOOR * 2.0**32).all() and x.abs().max() < 1e29 or not x.any())
-    assert torch.equal(here.codes, there.codes)
+    lowest = SCALE_FLOOR * 2.0**(32 if quantizer.fmt == "int" else 48)  # FP8 has codes down to 2^-16
+    assume((here.scale > lowest).all() and x.abs().max() < 1e29 or not x.any())
+    assert bitwise(here.codes, there.codes)
     assert not x.any() or bitwise(here.scale * 2.0**power, there.scale)
     assert here.zero_point is None or bitwise(here.zero_point, there.zero_point)
 
 
-@given(cases(asym=st.just(False)))
+@given(cases(asym=st.just(False), formats=FORMATS))
 @corners()
+@float8_corners
 def test_sign_symmetry(case):
-    """q(-x) = -q(x): the range is symmetric and half to even knows no side."""
+    """q(-x) = -q(x): the range is symmetric and half to even knows no side. FP8 turns the sign bit, of a zero too."""
     x, quantizer = case
     here, there = quantizer.quantize(x), quantizer.quantize(-x)
-    assert torch.equal(here.codes, -there.codes) and bitwise(here.scale, there.scale)
+    turned = -there.codes if quantizer.fmt == "int" else (there.codes.view(torch.uint8) ^ 128).view(there.codes.dtype)
+    assert bitwise(here.codes, turned) and bitwise(here.scale, there.scale)
 
 
-@given(cases())
+@given(cases(formats=FORMATS))
 @both_corners
+@float8_corners
 def test_monotone(case):
     """Within a tile a larger number never has the smaller code."""
     x, quantizer = case
     x = x.flatten()[None]
-    codes = Quantizer(quantizer.bits, asym=quantizer.asym).quantize(x).codes
-    assert (codes[0, x[0].argsort()].int().diff() >= 0).all()
+    codes = replace(quantizer, tile=(None, None)).quantize(x).codes
+    assert (codes[0, x[0].argsort()].float().diff() >= 0).all()
 
 
-@given(cases())
+@given(cases(formats=FORMATS))
 @both_corners
+@float8_corners
 def test_block_of_a_whole_row_is_per_token(case):
     """per_block(K) == per_token bit for bit; one block of everything == per_tensor."""
     x, quantizer = case
-    bits, asym = quantizer.bits, quantizer.asym
-    assert bitwise(Quantizer(bits, (1, x.shape[1]), asym)(x), Quantizer(bits, (1, None), asym)(x))
-    assert bitwise(Quantizer(bits, tuple(x.shape), asym)(x), Quantizer(bits, (None, None), asym)(x))
+    for here, there in (((1, x.shape[1]), (1, None)), (tuple(x.shape), (None, None))):
+        assert bitwise(replace(quantizer, tile=here)(x), replace(quantizer, tile=there)(x))
 
 
-@given(cases())
+@given(cases(formats=FORMATS))
 def test_any_layout_in_memory(case):
     """A transposed, strided or expanded view is quantized as its contiguous copy, and Quantized.T transposes."""
     x, quantizer = case
     strided = torch.empty(x.shape[0] * 2, x.shape[1] * 3)[::2, ::3].copy_(x)
     for view in (x.T.contiguous().T, strided, x[:1].expand(x.shape), x[:, :1].expand(x.shape)):
         here, there = quantizer.quantize(view), quantizer.quantize(view.contiguous())
-        assert torch.equal(here.codes, there.codes) and torch.equal(here.scale, there.scale)
+        assert bitwise(here.codes, there.codes) and torch.equal(here.scale, there.scale)
         assert bitwise(quantizer(view), restore(here)) and bitwise(restore(here.T), restore(here).T)
 
 
-@given(cases())
+@given(cases(formats=FORMATS))
 def test_bfloat16_is_quantized_in_fp32(case):
     """The arithmetic is fp32 and only the result is cast back: dtype and shape are kept, nothing else differs."""
     x, quantizer = case[0].bfloat16(), case[1]
@@ -391,14 +406,14 @@ def test_bfloat16_is_quantized_in_fp32(case):
     assert bitwise(quantizer.quantize(x).scale, quantizer.quantize(x.float()).scale)
 
 
-@pytest.mark.parametrize("asym, rounding", [(False, "nearest"), (True, "nearest"), (False, "stochastic")])
+@pytest.mark.parametrize("how", [{}, {"asym": True}, {"rounding": "stochastic"}, {"fmt": "e4m3"}, {"fmt": "e5m2"}])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_nan_and_inf_are_not_hidden(bad, asym, rounding):
+def test_nan_and_inf_are_not_hidden(bad, how):
     """One nan or inf makes its whole tile non-finite (in nothing else would a diverged run be seen), and no other."""
     x = torch.tensor([[1.0, bad, -2.0], [1.0, 2.0, 3.0]])
-    y = Quantizer(8, (1, None), asym, rounding)(x)
+    y = Quantizer(8, (1, None), **how)(x)
     assert not y[0].isfinite().any() and y[1].isfinite().all()
-    layer = QuantLinear(3, 2, recipe=Recipe(Quantizer(8, (1, None), asym, rounding), Quantizer(8, (1, None))))
+    layer = QuantLinear(3, 2, recipe=Recipe(Quantizer(8, (1, None), **how), Quantizer(8, (1, None))))
     y = layer(x.requires_grad_())
     assert not y[0].isfinite().any() and y[1].isfinite().all()
     y.sum().backward()
@@ -473,6 +488,109 @@ def test_every_pair_of_int4():
     assert bitwise(unpack_int4(pack_int4(pairs.view(4, 8, 16))), pairs.view(4, 8, 16))
     with pytest.raises(ValueError, match="the last axis has 3"):
         pack_int4(torch.zeros(2, 3, dtype=torch.int8))
+
+
+# -----------------------------------------------------------------------------
+# FP8: the properties above hold for it too; here its codes, against tables written from the paper
+
+def magnitudes(fmt):
+    """The finite numbers of a format that are not negative, by code, in float64; Micikevicius et al. 2022, table 1.
+
+    e4m3: bias 7, and only the last mantissa of the last exponent is no number (nan). e5m2: bias 15, and the last
+    exponent is inf and nan, as IEEE 754 has it. Exponent 0 has no leading one.
+    """
+    mantissa, bias, codes = {"e4m3": (3, 7, 127), "e5m2": (2, 15, 124)}[fmt]
+    step = 2**mantissa
+    return torch.tensor([math.ldexp((c >= step) + c % step / step, max(c // step, 1) - bias) for c in range(codes)],
+                        dtype=torch.float64)
+
+
+def nearest_float8(x, fmt):
+    """The number of the format that is nearest to x, in float64: a tie to the even code, all beyond the last to it."""
+    numbers = magnitudes(fmt)
+    middles = (numbers[1:] + numbers[:-1]) / 2  # 5 bits at most, exact
+    code = torch.searchsorted(middles, x.double().abs().contiguous())  # of a tie the lower neighbour
+    odd_tie = (code < len(middles)) & (middles[code.clamp_max(len(middles) - 1)] == x.double().abs()) & (code % 2 == 1)
+    return numbers[code + odd_tie].copysign(x.double())
+
+
+def all_float8(fmt):
+    """Every code of a format, as a tensor (256,), and which of them are finite numbers."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FLOAT8[fmt])
+    return codes, torch.arange(256) % 128 < len(magnitudes(fmt))
+
+
+@pytest.mark.parametrize("fmt", FLOAT8)
+def test_every_float8_code_survives(fmt):
+    """All 256 codes mean what the paper says, in bf16 too, and the finite ones come back from any scale, signs kept."""
+    codes, finite = all_float8(fmt)
+    values = torch.cat((magnitudes(fmt), -magnitudes(fmt)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(codes.to(dtype)[finite].double(), values)
+        assert not codes.to(dtype)[~finite].isfinite().any()
+    assert values.max() == {"e4m3": 448, "e5m2": 57344}[fmt] and (~finite).sum() == {"e4m3": 2, "e5m2": 8}[fmt]
+    for scale in (SCALE_FLOOR, 1e-30, 0.02, 1 / 3, 1.0, 7.7, 1e30):
+        back = quantize(dequantize(codes[finite], torch.tensor(scale)), torch.tensor(scale), fmt=fmt)
+        assert bitwise(back, codes[finite])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fmt", FLOAT8)
+def test_float8_is_the_nearest(fmt, compiled):
+    """Every sign, exponent and 7 bits of mantissa, a hair beside and halfway between: nearest, ties to even, saturated.
+
+    Among these 393,216 numbers are all ties of both formats, their neighbours in fp32, infinities and nans.
+    """
+    torch._dynamo.reset()
+    top = torch.arange(-2**15, 2**15, dtype=torch.int32) << 16
+    x = torch.cat([(top + low).view(torch.float32) for low in (-1, 0, 1, 2**15 - 1, 2**15, 2**15 + 1)])
+    f = torch.compile(quantize, fullgraph=True) if compiled else quantize
+    codes = f(x, torch.tensor(1.0), fmt=fmt)
+    assert codes.dtype == FLOAT8[fmt] and codes[x.isnan()].float().isnan().all()
+    x, codes = x[~x.isnan()], codes[~x.isnan()]
+    assert bitwise(codes.double(), nearest_float8(x, fmt))
+    last = magnitudes(fmt)[-1].item()
+    ends = torch.tensor([INF, -INF, 3e38, -3e38, 1.07 * last, -1.07 * last, last * (1 + 2.0**-20)])
+    assert quantize(ends, torch.tensor(1.0), fmt=fmt).tolist() == [last, -last, last, -last, last, -last, last]
+    torch._dynamo.reset()
+
+
+def test_float8_ties_spelt_out():
+    """The docstring's: 17 -> 16 and 19 -> 20 in e4m3; in e5m2 9 -> 8, 11 -> 12; half the smallest number -> 0."""
+    one = torch.tensor(1.0)
+    assert quantize(torch.tensor([17.0, 19.0, -17.0, 2.0**-10, 3 * 2.0**-10]), one, fmt="e4m3").tolist() == [
+        16, 20, -16, 0, 2.0**-8]
+    assert quantize(torch.tensor([9.0, 11.0, -9.0, 2.0**-17, 3 * 2.0**-17]), one, fmt="e5m2").tolist() == [
+        8, 12, -8, 0, 2.0**-15]
+
+
+@given(cases(formats=tuple(FLOAT8)))
+@float8_corners
+def test_float8_quantizer(case):
+    """Per tile: scale = amax / largest, codes the nearest numbers to x / scale, amax on the largest, zeros on zero."""
+    x, quantizer = case
+    fmt, tile = quantizer.fmt, quantizer.tile
+    codes, scale, zero_point = quantizer.quantize(x)
+    last = magnitudes(fmt)[-1]
+    amax = tiles(x.double(), tile).abs().amax((1, 3), keepdim=True)
+    assert bitwise(scale, (amax / last).float().clamp_min(SCALE_FLOOR)) and zero_point is None
+    assert codes.dtype == FLOAT8[fmt] and codes.shape == x.shape and codes.nbytes == x.numel()
+    each = spread(scale, tile, x.shape)
+    assert bitwise(codes.double(), nearest_float8(x * (1 / each), fmt))
+    assert (tiles(codes.float(), tile).abs().amax((1, 3)) == last)[scale[:, 0, :, 0] > SCALE_FLOOR].all()
+    assert (codes.float()[x == 0] == 0).all()
+    # half a step is 2^-4 of the number (e5m2: 2^-3), or half the smallest number; and the integer's three roundings
+    half = torch.maximum(x.double().abs() * (2.0**-4 if fmt == "e4m3" else 2.0**-3), magnitudes(fmt)[1] / 2 * each)
+    assert ((restore(Quantized(codes, scale, None)).double() - x.double()).abs() <= half * (1 + 8 * U)).all()
+
+
+def test_float8_is_symmetric_8_bits_and_nearest():
+    """A Quantizer refuses what its format does not have, and formats that do not exist."""
+    for options in ({"bits": 4}, {"bits": 32}, {"asym": True}, {"rounding": "stochastic"}):
+        with pytest.raises(ValueError, match="fmt='e4m3' is symmetric, 8 bits, rounded to nearest"):
+            Quantizer(fmt="e4m3", **options)
+    with pytest.raises(ValueError, match="fmt='e3m4': use 'int', 'e4m3' or 'e5m2'"):
+        Quantizer(fmt="e3m4")
 
 
 # -----------------------------------------------------------------------------
@@ -552,14 +670,14 @@ def test_ste_per_channel():
 # -----------------------------------------------------------------------------
 # the three GEMMs
 
-@given(cases(exponents=st.integers(-8, 8)), st.data())
+@given(cases(exponents=st.integers(-8, 8), formats=FORMATS), st.data())
 def test_gemm_against_float64(case, data):
     """gemm of any two quantized operands, transposed or not, is the float64 product of what they stand for.
 
     Run in float64 it may differ by the one fp32 rounding of each dequantized element, in fp32 by L + 5 roundings.
     """
     x, quantizer = case
-    turned = Quantizer(quantizer.bits, quantizer.tile[::-1], quantizer.asym)
+    turned = replace(quantizer, tile=quantizer.tile[::-1])
     a = data.draw(st.sampled_from([x, quantizer.quantize(x), turned.quantize(x.T).T]))
     tall = normal(x.shape[1], data.draw(st.integers(1, 5)))
     other = Quantizer(8, data.draw(st.sampled_from([(None, None), (1, None), (None, 1), (1, 1)])),
@@ -574,7 +692,8 @@ def test_gemm_against_float64(case, data):
     assert gemm(a, b, torch.bfloat16).dtype == torch.bfloat16
 
 
-@given(cases(kinds=("normal", "outlier", "sparse"), exponents=st.just(0)), st.integers(1, 5), st.sampled_from(BITS))
+@given(cases(kinds=("normal", "outlier", "sparse"), exponents=st.just(0), formats=FORMATS), st.integers(1, 5),
+       st.sampled_from(BITS))
 def test_backward_is_the_adjoint_of_forward(case, n, bits):
     """<g, y> = <dx, x_hat> = <dw, w_hat> for every tile, as for any bilinear map; and backward is linear in g."""
     x, quantizer = case
@@ -625,12 +744,12 @@ def groups(word, shape, block):
         yield from ((row, slice(c, c + block)) for row in range(shape[0]) for c in range(0, shape[1], block))
 
 
-def naive(x, bits, word, asym=False, block=None, parts=1, axis=0):
+def naive(x, bits, word, asym=False, block=None, parts=1, axis=0, fmt="int"):
     """Fake-quantize x with one loop over what shares a scale; `parts` along `axis` are quantized apart."""
     if bits == 32:
         return x
     if parts > 1:
-        return torch.cat([naive(part, bits, word, asym, block) for part in x.chunk(parts, axis)], axis)
+        return torch.cat([naive(part, bits, word, asym, block, fmt=fmt) for part in x.chunk(parts, axis)], axis)
     x, y, qmax = x.float(), torch.empty(x.shape), 2 ** (bits - 1) - 1
     for index in groups(word, x.shape, block):
         v = x[index]
@@ -639,6 +758,9 @@ def naive(x, bits, word, asym=False, block=None, parts=1, axis=0):
             zero_point = -torch.round(v.min() * (1 / scale) + qmax + 1)
             code = (torch.round(v * (1 / scale)) + zero_point).clamp(-qmax - 1, qmax)
             y[index] = (code - zero_point) * scale
+        elif fmt != "int":
+            scale = (v.abs().max() / magnitudes(fmt)[-1].float()).clamp_min(SCALE_FLOOR)
+            y[index] = nearest_float8(v * (1 / scale), fmt).float() * scale
         else:
             scale = (v.abs().max() / qmax).clamp_min(SCALE_FLOOR)
             y[index] = torch.round(v * (1 / scale)) * scale
@@ -650,17 +772,20 @@ def twin(x, w, bias, g, c):
     parts = 3 if c.split_qkv else 1
     row_of_w = "per_token" if c.wgran == "per_channel" else c.wgran
     x, w, bias = (t.detach().double().requires_grad_() for t in (x, w, bias))
-    xq = x + (naive(x, c.abits, c.agran, c.asym, c.wblock) - x).detach()
-    wq = w + (naive(w, c.wbits, row_of_w, block=c.wblock, parts=parts if c.wgran == "per_tensor" else 1) - w).detach()
+    xq = x + (naive(x, c.abits, c.agran, c.asym, c.wblock, fmt=c.afmt) - x).detach()
+    wq = w + (naive(w, c.wbits, row_of_w, block=c.wblock, parts=parts if c.wgran == "per_tensor" else 1,
+                    fmt=c.wfmt) - w).detach()
     a, b = (xq, wq) if c.backward == "ste" else (x, w)
     to_x, to_w = a @ b.detach().T, a.detach() @ b.T  # the same numbers twice: one way for each gradient
 
     split = parts if c.ggran in ("per_tensor", "per_token") else 1
     if c.ggemm != "grad_weight":
-        to_x.register_hook(lambda g: naive(g, c.gbits, c.ggran, block=c.wblock, parts=split, axis=1).double())
+        to_x.register_hook(lambda g: naive(g, c.gbits, c.ggran, block=c.wblock, parts=split, axis=1,
+                                           fmt=c.gfmt).double())
     if c.ggemm != "grad_input":  # blocks lie along the contraction, here the tokens
-        to_w.register_hook(lambda g: naive(g.T, c.gbits, c.ggran, block=c.wblock).T.double() if c.ggran == "per_block"
-                           else naive(g, c.gbits, c.ggran, parts=split, axis=1).double())
+        to_w.register_hook(lambda g: naive(g.T, c.gbits, c.ggran, block=c.wblock, fmt=c.gfmt).T.double()
+                           if c.ggran == "per_block"
+                           else naive(g, c.gbits, c.ggran, parts=split, axis=1, fmt=c.gfmt).double())
     y = (xq @ wq.T).detach() + (to_x - to_x.detach()) + (to_w - to_w.detach()) + bias
     grads = torch.autograd.grad(y, (x, w, bias), g.double())
     size = g.double().abs().max()  # what a quantized g may at most be, up to its own rounding
@@ -684,6 +809,8 @@ def layers(draw):
     if gbits < 32:
         flags |= {"gbits": gbits, "ggran": draw(some(["per_tensor", "per_token", "per_channel", "per_block"])),
                   "ggemm": draw(some(["grad_weight", "grad_input", "both"]))}
+    flags |= {fmt: draw(some(FORMATS)) for fmt, bits in (("wfmt", wbits), ("afmt", abits), ("gfmt", gbits))
+              if bits == 8 and not (fmt == "afmt" and flags["asym"])}
     if wbits < 32 or abits < 32:
         flags["backward"] = draw(some(["ste", "fp"]))
     splits = flags.get("wgran") == "per_tensor" or flags.get("ggran") in ("per_tensor", "per_token")
@@ -702,6 +829,7 @@ def layers(draw):
 @example((4, 6, 9, QuantConfig(wbits=4, wgran="per_tensor", gbits=8, split_qkv=True, ggemm="both")), 2, -8)
 @example((4, 6, 384, QuantConfig(gbits=8, split_qkv=True)), 2, 0)  # a third as long as --wblock's default
 @example((4, 6, 8, QuantConfig(gbits=8, ggran="per_block", wblock=2, ggemm="both")), 3, -3)
+@example((9, 7, 8, QuantConfig(wbits=8, wfmt="e4m3", abits=8, afmt="e4m3", gbits=8, gfmt="e5m2", ggemm="both")), 4, -9)
 def test_quant_linear_against_its_twin(layer, seed, exponent):
     """Forward and all three gradients equal the twin's, to an fp32 GEMM's roundings; db is the sum of untouched g."""
     m, k, n, config = layer
@@ -793,12 +921,13 @@ def test_empty_recipe_is_nn_linear_to_rounding(dtype):
 
 
 W8A8G8 = {"wbits": 8, "abits": 8, "gbits": 8}
+FP8 = {**W8A8G8, "wfmt": "e4m3", "afmt": "e4m3", "gfmt": "e5m2", "ggran": "per_row", "ggemm": "both"}
 
 
-@pytest.mark.parametrize("flags", [{}, {"asym": True, "backward": "fp"}, {"rounding": "stochastic"}])
+@pytest.mark.parametrize("flags", [{}, {"asym": True, "backward": "fp"}, {"rounding": "stochastic"}, FP8])
 def test_second_call_is_the_first(flags):
     """Forward and backward are deterministic, given the seed of what is random, and keep no state."""
-    layer, g = QuantLinear(10, 6, recipe=make_recipe(QuantConfig(**W8A8G8, **flags))), normal(7, 6, 1)
+    layer, g = QuantLinear(10, 6, recipe=make_recipe(QuantConfig(**W8A8G8 | flags))), normal(7, 6, 1)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -841,11 +970,11 @@ def test_reparam_is_trained_through():
     assert bitwise(unquantized(x).detach(), F.linear(x, 2 * unquantized.weight).detach())
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("flags", [{**W8A8G8, "asym": True, "ggemm": "both"}, FP8], ids=["int", "fp8"])
+def test_compiled_equals_eager(flags):
     """torch.compile takes the layer as one graph and changes no bit of y, dx and dw at fp32; db sums in other order."""
     torch._dynamo.reset()
-    config = QuantConfig(wbits=8, abits=8, asym=True, gbits=8, ggemm="both")
-    layer, g = QuantLinear(33, 21, recipe=make_recipe(config)), normal(34, 21, 1).view(2, 17, 21)
+    layer, g = QuantLinear(33, 21, recipe=make_recipe(QuantConfig(**flags))), normal(34, 21, 1).view(2, 17, 21)
     x = normal(34, 33).view(2, 17, 33).requires_grad_()
     results = []
     for f in (layer, torch.compile(layer, fullgraph=True)):
@@ -856,9 +985,11 @@ def test_compiled_equals_eager():
     torch.testing.assert_close(results[0][3], results[1][3])
 
 
-@pytest.mark.parametrize("flags", [{"wbits": 8, "abits": 8}, W8A8G8, {"abits": 4, "asym": True, "wbits": 8}])
-def test_saved_for_backward_is_int8(flags):
-    """What forward keeps for backward are int8 codes and a few scales: at most 0.55 of what bf16 keeps."""
+@pytest.mark.parametrize("flags, dtype", [
+    ({"wbits": 8, "abits": 8}, torch.int8), (W8A8G8, torch.int8), ({"abits": 4, "asym": True, "wbits": 8}, torch.int8),
+    (FP8, torch.float8_e4m3fn), ({**FP8, "wfmt": "e5m2", "afmt": "e5m2"}, torch.float8_e5m2)])
+def test_saved_for_backward_is_one_byte(flags, dtype):
+    """What forward keeps for backward are 8-bit codes and a few scales: at most 0.55 of what bf16 keeps."""
     def kept(layer):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -866,8 +997,29 @@ def test_saved_for_backward_is_int8(flags):
         return saved
     ours, plain = (kept(QuantLinear(96, 80, recipe=make_recipe(QuantConfig(**f)))) for f in (flags, {}))
     assert sum(t.nbytes for t in ours) <= 0.55 * sum(t.nbytes for t in plain)
-    assert {t.dtype for t in ours if t.numel() > 256} == {torch.int8}
-    assert sorted(t.shape for t in ours if t.dtype == torch.int8) == [(80, 96), (256, 96)]
+    assert {t.dtype for t in ours if t.numel() > 256} == {dtype}
+    assert sorted(t.shape for t in ours if t.dtype == dtype) == [(80, 96), (256, 96)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_gradients_take_up_the_scales(dtype):
+    """All of FP8: dx and dw are GEMMs of e5m2 codes of g times a scale, and e4m3 codes; close to the unrounded g's."""
+    recipe = make_recipe(QuantConfig(**FP8))
+    x, w, g = (normal(*shape, seed).to(dtype) for seed, shape in enumerate([(64, 48), (32, 48), (64, 32)]))
+    _, qx, qw = linear_forward(x, w, recipe)
+    assert qx.codes.dtype == qw.codes.dtype == torch.float8_e4m3fn
+    results = linear_backward(g, qx, qw, recipe)
+    for ours, quantizer, left, right in zip(results, (recipe.grad_input_grad_output, recipe.grad_weight_grad_output),
+                                            (g, g.T), (qw.T, qx.T), strict=True):
+        folded, codes = fold(quantizer, left, right)
+        assert folded.codes.dtype == torch.float8_e5m2 and codes.scale.numel() == 1
+        scales = right.scale.reshape(1, -1)  # one per element of the contraction
+        expected = restore(Quantizer(8, (1, None), fmt="e5m2").quantize(left.float() * scales)).double()
+        expected = expected @ codes.codes.double().T
+        exact = left.double() @ restore(right).double().T
+        slack = 1e-6 if dtype == torch.float32 else 2.0**-7  # bf16: rounded after the GEMM and after its scale
+        assert ours.dtype == dtype and (ours - expected).norm() / expected.norm() < slack
+        assert 0.01 < (ours - exact).norm() / exact.norm() < 0.08
 
 
 # -----------------------------------------------------------------------------
@@ -883,6 +1035,7 @@ NO_EFFECT = [
     ({"split_qkv": True, "gbits": 8, "ggran": "per_channel"}, "split_qkv"), ({"backward": "fp"}, "backward"),
     ({"backward": "fp", "gbits": 8}, "backward"), ({"quant_head": True}, "quant_head"),
     ({"skip_blocks": (0,)}, "skip_blocks"), ({"gemm": "int8", "wbits": 8}, "gemm"),
+    ({"wfmt": "e4m3", "abits": 8}, "wfmt"), ({"afmt": "e5m2", "wbits": 8}, "afmt"), ({"gfmt": "e5m2"}, "gfmt"),
 ]
 
 
@@ -902,11 +1055,31 @@ def test_flags_with_effect_are_legal():
     QuantConfig(gbits=8, ggran="per_tensor", ggemm="both", rounding="stochastic", split_qkv=True, skip_blocks=(3,))
     QuantConfig(wbits=8, wgran="per_tensor", split_qkv=True)
     QuantConfig(wbits=8, abits=4, gbits=8, ggran="per_row", ggemm="both", gemm="int8")
+    QuantConfig(wbits=8, wfmt="e4m3", abits=4, asym=True, gbits=8, gfmt="e5m2", ggran="per_block")
     for name in ("wbits", "abits", "gbits"):
         QuantConfig(**{name: 2})
         QuantConfig(**{name: 8})
     with pytest.raises(ValueError, match="--wblock=0 must be at least 1"):
         QuantConfig(wbits=8, wgran="per_block", wblock=0)
+
+
+@pytest.mark.parametrize("flags, named, fmt", [
+    ({"wbits": 4}, "wbits=4", "wfmt"), ({"abits": 7}, "abits=7", "afmt"), ({"gbits": 2}, "gbits=2", "gfmt"),
+    ({"abits": 8, "asym": True}, "asym=True", "afmt"),
+    ({"gbits": 8, "rounding": "stochastic"}, "rounding=stochastic", "gfmt")])
+def test_what_float8_is_not(flags, named, fmt):
+    """Other widths, zero points and stochastic rounding are errors that name both flags and both ways out."""
+    for value in FLOAT8:
+        with pytest.raises(ValueError, match=f"--{named} does not fit --{fmt}={value}, .*; use --.* or --{fmt}=int"):
+            QuantConfig(**flags, **{fmt: value})
+
+
+def test_formats_reach_their_slots():
+    """Each of the three flags sets the format of its own operand, in every slot of it."""
+    w, a, g = (Quantizer(8, (1, None), fmt=fmt) for fmt in ("e4m3", "e4m3", "e5m2"))
+    assert make_recipe(QuantConfig(**FP8)) == Recipe(a, w, replace(g, fold=True), None, replace(g, fold=True))
+    assert make_recipe(QuantConfig(wbits=8, abits=8, afmt="e5m2")) == Recipe(replace(a, fmt="e5m2"),
+                                                                             Quantizer(8, (1, None)))
 
 
 def test_weight_and_activation_slots():
