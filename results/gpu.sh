@@ -12,8 +12,11 @@ part() { name=$1; limit=$2; shift 2; echo "== $name"; timeout "$limit" "$@" > "$
 git describe --always --dirty > "$out/commit.txt"
 part tests 300 "$PYTHON" -m pytest -q -x tests/test_quant.py tests/test_int8.py tests/test_optim.py tests/test_model.py
 part optimizer 180 "$PYTHON" bench.py --what=optimizer --rounds=30
-part memory 60 "$PYTHON" bench.py --what=memory
-part step 420 "$PYTHON" bench.py --variants=plain,E0,w8a8,int8,int8-all,adam8 --batch_size=16 --vocab_size=50257 --rounds=20
+for width in 768 1024 1280; do
+  part "gemm-$width" 60 "$PYTHON" bench.py --what=gemm --n_embd=$width --n_head=16 --batch_size=32
+done
+part step 420 "$PYTHON" bench.py --variants=E0,plain,w8a8,int8,int8-all,keep8,w8a8+keep8,int8-all+keep8+adam8 \
+  --batch_size=16 --vocab_size=50257 --rounds=20
 
 # Simulated beside integer, the same seed: the losses of two log files.
 for preset in E0 w8a8 int8 int8-all; do
