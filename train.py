@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -296,7 +296,7 @@ def make_model(config: TrainConfig, vocab_size: int, checkpoint: dict | None) ->
                              f"model in {path}")
         if config.model.stable_embedding:
             raise ValueError(f"--stable_embedding: the model in {path} has no LayerNorm behind its embedding; drop it")
-        shape.dropout, config.model = config.model.dropout, shape
+        config.model = replace(shape, dropout=config.model.dropout, keep8=config.model.keep8)
     elif config.init_from != "scratch":
         source = load_checkpoint(path)
         weights, their_vocab_size = source["model"], source["vocab_size"]
@@ -418,7 +418,7 @@ class Run:
             self.step, self.evaluated, self.best = (checkpoint[k] for k in ("step", "evaluated", "best"))
         self.accumulates = config.gradient_accumulation_steps > processes.world
         if self.accumulates:
-            round_weights(self.raw)
+            round_weights(self.raw.h)
         self.windows = val_windows(self.val_tokens, config.model.block_size, config.eval_tokens)
         self.batches = Batches(self.train_tokens, config, processes)
         # Compile first, then DDP around it. Static shapes: every micro-batch has the same.
@@ -488,7 +488,7 @@ class Run:
                 group["lr"] = learning_rate(self.step, config)
             self.optimizer.step()
             if self.accumulates:
-                round_weights(self.raw)  # once for all micro-batches
+                round_weights(self.raw.h)  # once for all micro-batches
             self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm.item(), stops > 0

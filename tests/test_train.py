@@ -201,11 +201,11 @@ def test_init_from_hugging_face(run, data, tmp_path):
     from model import export_hf, model_from
     run(tmp_path / "a", "--max_iters=2")
     export_hf(model_from(load_checkpoint(tmp_path / "a")), tmp_path / "hf")
-    code, _, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'hf'}", "--max_iters=1", "--n_layer=3")
+    code, _, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'hf'}", "--max_iters=1", "--n_layer=3", "--keep8=both")
     first = next(line for line in log(tmp_path / "b") if "val_loss" in line)
     last = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]
     assert code == 0 and first["val_loss"] == last["val_loss"]
-    assert load_checkpoint(tmp_path / "b")["config"]["n_layer"] == 1
+    assert (config := load_checkpoint(tmp_path / "b")["config"])["n_layer"] == 1 and config["keep8"] == "both"
 
 
 # -----------------------------------------------------------------------------
