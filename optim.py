@@ -329,16 +329,16 @@ def compiled_update(m1: Moment, m2: Moment):
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay (and are too small to quantize).
+    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay and keep fp32 moments.
 
     A tied lm_head is the embedding's own tensor and counts as one. Frozen parameters are left out.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     params = [p for p in model.parameters() if p.requires_grad]
-    embed = {"m1": (32,), "m2": (32,)} if config.membed32 else {}
+    fp32 = {"m1": (32,), "m2": (32,)}
     groups = [{"params": [p for p in params if p.dim() >= 2 and id(p) not in tables]},
-              {"params": [p for p in params if id(p) in tables], **embed},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+              {"params": [p for p in params if id(p) in tables], **(fp32 if config.membed32 else {})},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, **fp32}]
     return [group for group in groups if group["params"]]
 
 

@@ -601,6 +601,7 @@ def test_param_groups(membed32):
     assert len(tables) == 1 and tables[0] is model.lm_head.weight and all(p.dim() == 1 for p in vectors)
     assert len(matrices) == 8 and len(matrices) + 1 + len(vectors) == len(list(model.parameters())) - 1
     assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.1, 0.0]
+    assert opt.param_groups[2]["m1"] == opt.param_groups[2]["m2"] == (32,)  # also a bias of 4,096 elements or more
     walk([matrices[0], tables[0], vectors[0]], opt, [0])
     assert [opt.state[ps[0]]["exp_avg"].dtype for ps in (matrices, tables, vectors)] == \
         [torch.uint8, torch.float32 if membed32 else torch.uint8, torch.float32]
