@@ -5,7 +5,7 @@
     grad_weight  dw = (codes_g.T @ codes_x)   * s_gT               g * s_x rounded per output of g.T: quant.fold
 
 `--gemm=int8` with `--wbits=8 --abits=8` runs the first on integers, and the two of backward in the compute dtype on the
-int8 codes that forward has kept; `--gbits=8 --ggran=per_row --ggemm=both` all three. The numbers are those of
+int8 codes of forward; `--gbits=8 --ggran=per_row --ggemm=both` all three. The numbers are those of
 `--gemm=simulate` with the same flags, up to the rounding of the epilogue: there the products of codes are summed in
 floating point, exactly up to K = 1040 in fp32 (K 127^2 < 2^24), here in int32, exactly up to K = 133,000. Which of
 the two is faster is the device's business: README has measurements.
@@ -15,13 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant import Quantized, gemm
-
-
-def _row_scale(q: Quantized) -> Tensor:
-    """Return the scale of each row of q (R, L), fp32 (R, 1) or (1, 1)."""
-    rows = q.codes.shape[0] // q.scale.shape[0]
-    return (q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)).reshape(-1, 1)
+from quant import Quantized, gemm, row_scale
 
 
 def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
@@ -48,4 +42,4 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
     if 1 in (*x.shape, *w.shape):  # torch 2.13 on a CPU reads a transposed view with an axis of 1 wrongly
         x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
     y = torch._int_mm(x, w)[:rows]  # (R, S) int32
-    return (y.float() * _row_scale(a) * _row_scale(b).T).to(dtype)
+    return (y.float() * row_scale(a) * row_scale(b).T).to(dtype)

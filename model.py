@@ -87,10 +87,11 @@ def quant_linears(config: QuantConfig) -> Linear:
             return QuantLinear(in_features, out_features, bias)
         forward_block = config.wgran == "per_block" or config.agran == "per_block"
         if forward_block and in_features % config.wblock:
-            raise ValueError(f"--wblock={config.wblock} must divide in_features={in_features} of {name}; try 64 or 32")
+            raise ValueError(f"--wblock={config.wblock} must divide in_features={in_features} of {name}; "
+                             f"try {math.gcd(in_features, config.wblock)}")
         if config.ggran == "per_block" and config.ggemm != "grad_weight" and out_features % config.wblock:
             raise ValueError(f"--wblock={config.wblock} must divide out_features={out_features} of {name}; "
-                             "try 64 or 32")
+                             f"try {math.gcd(out_features, config.wblock)}")
         third = out_features // 3 if config.split_qkv and name.endswith("c_attn") else None
         recipe = make_recipe(config, third)
         if config.gemm == "int8":

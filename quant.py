@@ -33,9 +33,10 @@ tensor of maxima of |x|; `quantize` makes codes, integer or FP8, `fake_quantize`
 
 Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its official code, chandar-lab/EfficientLLMs at
 d5b6153: the formulas, which granularities, what is left alone.
-The GEMMs here are arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the operands
-kept for backward are int8 or float8 codes, one byte each. int8.py runs the integer GEMMs on integer units; FP8 is
-simulated only.
+The GEMMs here are arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the layer saves
+int8 or float8 codes for backward, one byte each. (Compiled, torch's partitioner has the last word: where the float is
+kept for another layer anyway, it rounds again in backward and keeps no codes.) int8.py runs the integer GEMMs on
+integer units; FP8 is simulated only.
 """
 
 from collections.abc import Callable
@@ -391,9 +392,13 @@ def _factor(q: Tensor | Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor |
         return q.to(dtype), None
     if q.zero_point is not None or q.scale.shape[2] > 1:  # the scale varies along the contraction, or is not alone
         return restore(q).to(dtype), None
+    return q.codes.to(dtype), row_scale(q)
+
+
+def row_scale(q: Quantized) -> Tensor:
+    """Return the scale of each row of q (R, L), constant along L: fp32 (R, 1), or (1, 1) for all rows."""
     rows = q.codes.shape[0] // q.scale.shape[0]
-    scale = q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)
-    return q.codes.to(dtype), scale.reshape(-1, 1)
+    return (q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)).reshape(-1, 1)
 
 
 def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[Tensor | Quantized, Tensor | Quantized]:
@@ -479,10 +484,10 @@ class QuantLinear(nn.Linear):
 
 @torch.no_grad()
 def round_weights(model: nn.Module) -> None:
-    """Round the weights of all QuantLinears once, for all forwards until the next call.
+    """Round the weights of the QuantLinears in `model` once, for all their forwards until the next call.
 
-    For gradient accumulation: the micro-batches of an optimizer step share their weights. Whoever has called it must
-    call it again whenever the weights change.
+    For gradient accumulation: the micro-batches of an optimizer step share their weights. From then on whatever
+    changes a weight (an optimizer step, load_state_dict) or moves it must be followed by another call: nothing checks.
     """
     for layer in model.modules():
         if isinstance(layer, QuantLinear) and layer.recipe and not layer.reparam and \
