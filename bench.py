@@ -14,7 +14,8 @@ times each side once, so that a machine whose speed drifts drifts for all; a rat
 --what=step: forward, backward, clipping, AdamW. The memory columns, MiB: parameters, gradients and optimizer states as
 their tensors count; `kept`, what forward leaves for backward (each storage once, parameters apart), in the compiled
 model; `peak`, the most that is allocated at once in a step, by torch's allocator. They do not add up to it: gradients
-come as what is kept goes, and the peak has temporaries.
+come as what is kept goes, and the peak has temporaries. Our head computes its gradients in forward, so `kept` holds
+these where `plain` keeps logits. Unlike train.py, nothing is told to be deterministic.
 
 --what=memory counts `kept` on fake tensors: nothing is computed, so any size is counted in seconds. This is eager
 mode, and tells whose it is; the compiler recomputes some of it.
@@ -70,14 +71,22 @@ class BenchConfig:
 
     def __post_init__(self):
         idle = {"step": ("peers",), "optimizer": ("variants", "batch_size", "dtype"),
-                "memory": ("rounds", "compile", "peers"), "gemm": ("variants", "vocab_size", "peers")}
+                "memory": ("rounds", "compile", "peers"),
+                "gemm": ("variants", "vocab_size", "peers", "n_layer", "bias", "dropout")}
         for name in idle[self.what]:
-            if getattr(self, name) != getattr(BenchConfig, name):
-                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --what={self.what}; drop it")
+            config = self.model if hasattr(self.model, name) else self
+            if getattr(config, name) != getattr(type(config), name):
+                raise ValueError(f"--{name}={getattr(config, name)} has no effect with --what={self.what}; drop it")
+        for name in ("keep8", "stable_embedding"):
+            if getattr(self.model, name) != getattr(GPTConfig, name):
+                raise ValueError(f"--{name}={getattr(self.model, name)}: a variant says so itself, as in "
+                                 "--variants=E0,keep8")
         if self.what == "memory" and "plain" in self.variants.split(","):
             raise ValueError(f"--variants={self.variants}: plain is timed only; drop it from --what=memory")
         if self.vocab_size is None:
             self.vocab_size = 257 if self.what == "step" else 50257
+        if len(set(self.variants.split(","))) < len(self.variants.split(",")):
+            raise ValueError(f"--variants={self.variants} names a variant twice")
         presets = [p for v in self.variants.split(",") if v != "plain" for p in v.split("+")]
         if "E0" not in self.variants.split(",") or any(p not in PRESETS or p in SIZES for p in presets):
             raise ValueError(f"--variants={self.variants} must hold E0, and else plain or experiments of train.py, "
@@ -147,6 +156,7 @@ class Variant:
         self.loss = torch.compile(loss, dynamic=False) if compile else loss
         self.optimizer = make_optimizer(self.model, replace(train, compile=compile))
         self.tokens = torch.randint(config.vocab_size, (config.batch_size, shape.block_size + 1), device=device)
+        self.adamw = []  # seconds of the optimizer in each step
 
     def _plain_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
@@ -157,11 +167,11 @@ class Variant:
         """Take a training step."""
         self.loss(self.tokens[:, :-1], self.tokens[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()  # waits for the device
-        self.optimizer.step()
+        self.adamw.append(seconds(self.optimizer.step, self.device))
         self.optimizer.zero_grad(set_to_none=True)
 
     def memory(self) -> dict[str, float]:
-        """Return the memory columns, in MiB; takes two steps."""
+        """Return the memory columns, in MiB; runs a forward and a step."""
         def forward():
             return self.loss(self.tokens[:, :-1], self.tokens[:, 1:])
         kept = kept_for_backward(forward, self.model)["all"]
@@ -196,8 +206,8 @@ def bench_step(config: BenchConfig, device: str) -> tuple[str, list[dict]]:
     for name, variant, mine, start, mib in zip(names, variants, times, first, memory, strict=True):
         speed = variant.tokens[:, 1:].numel() / statistics.median(mine)
         rows.append({"variant": name, "ms per step": statistics.median(mine) * 1e3, "x E0": ratio(mine, times[0]),
-                     "tokens/s": speed, "MFU, %": 100 * variant.model.flops_per_token() * speed / peak, **mib,
-                     "first step, s": start})
+                     "AdamW, ms": statistics.median(variant.adamw[-config.rounds:]) * 1e3, "tokens/s": speed,
+                     "MFU, %": 100 * variant.model.flops_per_token() * speed / peak, **mib, "first step, s": start})
     m = config.model
     return (f"{machine(device)}, {config.dtype}, compile={config.compile}; n_layer {m.n_layer}, n_embd {m.n_embd}, "
             f"n_head {m.n_head}, {config.batch_size} x {m.block_size} tokens, vocabulary {config.vocab_size}; medians "

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,20 @@ import torch
 import torch.nn.functional as F
 
 import bench
-from bench import BenchConfig, Variant, bench_memory, interleaved, kept_for_backward, ratio, real_bytes, show
+from bench import (
+    BenchConfig,
+    Variant,
+    bench_gemm,
+    bench_memory,
+    bench_step,
+    interleaved,
+    kept_for_backward,
+    ratio,
+    real_bytes,
+    show,
+)
 from model import GPTConfig
+from quant import Quantized
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=64, block_size=16)
 FLAGS = [f"--{k}={v}" for k, v in SHAPE.items()] + ["--batch_size=2", "--rounds=1", "--compile=False", "--device=cpu",
@@ -77,17 +90,62 @@ def test_memory_of_a_step():
     assert b["optimizer"] < 0.35 * a["optimizer"] and b["kept"] < a["kept"]
     for mib in (a, b):
         assert mib["peak"] > mib["parameters"] + mib["optimizer"] + mib["kept"]
+    # AdamW's own step needs no memory in fp32, so the peak lies in forward and backward: two tensors as large as the
+    # largest, the gradient of the embedding or the logits, are more than is alive there for a moment.
+    assert a["peak"] < a["parameters"] + a["optimizer"] + a["kept"] + a["gradients"] + 2 * 320 * 64 * 4 / 2**20
     assert small.model.config.keep8 == "both"
 
 
 def test_real_bytes_of_states():
+    class Packed(torch.Tensor):  # as torchao keeps a moment: a float to look at, codes and scales inside
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+    packed = torch.zeros(8).as_subclass(Packed)
+    packed.codes, packed.scale = torch.zeros(8, dtype=torch.uint8), torch.zeros(1)
+    assert real_bytes(packed) == 8 + 4
     assert real_bytes(3) == 0 and real_bytes(torch.zeros(())) == 0 and real_bytes(torch.zeros(5, dtype=torch.int8)) == 5
+
+
+def test_gemm_rows(monkeypatch):
+    """With known times: which side is which, and the roofline, on which arithmetic decides for one and traffic not."""
+    times = {"float32": 3e-3, "int8": 1e-3}
+
+    def seconds(work, device):
+        work()
+        if isinstance(work, partial):
+            return times["int8" if isinstance(work.args[0], Quantized) else "float32"]
+        return {True: 0.5}.get(work.__name__ == "clone", 0.01)  # the large copy, the large GEMMs
+    monkeypatch.setattr(bench, "seconds", seconds)
+    config = BenchConfig(what="gemm", batch_size=2, rounds=3, compile=False, dtype="float32",
+                         model=GPTConfig(n_head=2, n_embd=64, block_size=16))
+    rows = bench_gemm(config, "cpu")[1]
+    assert len(rows) == 12 and rows[0]["rows x inner x columns"] == "32 x 64 x 192"
+    rate, traffic = 2 * 2048**3 / 0.01, 2 * 8 * 2048**2 * 4 / 0.5
+    for row in rows:
+        r, k, s = map(int, row["rows x inner x columns"].split(" x "))
+        assert row["float32, ms"] == 3 and row["int8, ms"] == 1 and row["x float32"] == pytest.approx(1 / 3)
+        for column, size in (("roofline, ms", 4), ("roofline 8, ms", 1)):
+            expected = max(2 * r * k * s / rate, ((r + s) * k * size + r * s * 4) / traffic)
+            assert row[column] == pytest.approx(1e3 * expected)
+
+
+def test_step_rows(monkeypatch):
+    """tokens/s and MFU follow from the times: 2 x 16 tokens in 4 ms against a peak of 1 TFLOP/s."""
+    monkeypatch.setattr(bench, "seconds", lambda work, device: work() or 4e-3)
+    monkeypatch.setattr(bench, "peak_flops", lambda config, device: 1e12)
+    config = BenchConfig(variants="E0", batch_size=2, rounds=2, compile=False, dtype="float32",
+                         model=GPTConfig(**SHAPE))
+    row = bench_step(config, "cpu")[1][0]
+    flops = Variant("E0", config, "cpu", compile=False).model.flops_per_token()
+    assert row["tokens/s"] == pytest.approx(8000) and row["ms per step"] == row["AdamW, ms"] == 4 and row["x E0"] == 1
+    assert row["MFU, %"] == pytest.approx(100 * flops * 8000 / 1e12)
 
 
 @pytest.mark.parametrize("what, column", [("step", "peak"), ("memory", "linears, MiB"), ("optimizer", "x fused"),
                                           ("gemm", "roofline 8, ms")])
 def test_command_line(what, column):
-    idle = {"step": (), "optimizer": ("batch_size", "dtype"), "memory": ("rounds", "compile"), "gemm": ()}[what]
+    idle = {"step": (), "optimizer": ("batch_size", "dtype"), "memory": ("rounds", "compile"),
+            "gemm": ("n_layer",)}[what]
     flags = [f for f in FLAGS if not f.startswith(tuple(f"--{name}=" for name in idle))]
     code, out, err = run(f"--what={what}", *flags, "--json")
     rows = json.loads(out)["rows"]
@@ -97,7 +155,9 @@ def test_command_line(what, column):
 @pytest.mark.parametrize("flags, words", [
     (["--variants=w8a8"], "must hold E0"), (["--variants=E0,w8a8+gpt2"], "must hold E0"),
     (["--what=optimizer", "--variants=E0"], "has no effect with --what=optimizer"), (["--peers"], "--peers"),
-    (["--what=memory", "--variants=E0,plain"], "plain"), (["--rounds=0"], "at least 1")])
+    (["--what=memory", "--variants=E0,plain"], "plain"), (["--rounds=0"], "at least 1"),
+    (["--variants=E0,E0"], "twice"), (["--keep8=both"], "a variant says so itself"),
+    (["--what=gemm", "--n_layer=7"], "--n_layer=7 has no effect")])
 def test_bad_flags_are_one_line(flags, words):
     code, out, err = run(*flags)
     assert code == 2 and words in err and "Traceback" not in err and not out
