@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
-# What has to be measured on a GPU, in one go of under 30 minutes on an H100: tests, benches, curves, the matrix of moments.
-#     bash results/gpu.sh OUT            writes OUT/*.txt and OUT/runs/*/log.jsonl; PYTHON names another interpreter
-# Written before a GPU was at hand: run on a CPU only in parts. Each part has its own time limit and fails alone.
+# What has to be measured on a GPU, in under 30 minutes on an H100: tests, benches, curves, the matrix of moments.
+#     bash results/gpu.sh OUT [PART ...]     writes OUT/*.txt and OUT/runs/*/log.jsonl; PYTHON names another interpreter
+# Parts: tests optimizer gemm step curves moments; all without one. The time limits add up to 29 minutes; a part fails alone.
+# Written before a GPU was at hand: run on a CPU only in pieces.
 set -u
 cd "$(dirname "$0")/.."
-out=${1:?usage: bash results/gpu.sh OUT}
+out=${1:?usage: bash results/gpu.sh OUT [PART ...]}
+shift
+parts=" ${*:-tests optimizer gemm step curves moments} "
 export PYTHON=${PYTHON:-python}
 mkdir -p "$out/runs"
+wanted() { [[ $parts == *" $1 "* ]]; }
 part() { name=$1; limit=$2; shift 2; echo "== $name"; timeout "$limit" "$@" > "$out/$name.txt" 2>&1; echo "rc $?"; tail -n 12 "$out/$name.txt"; }
 
 git describe --always --dirty > "$out/commit.txt"
-part tests 300 "$PYTHON" -m pytest -q -x tests/test_quant.py tests/test_int8.py tests/test_optim.py tests/test_model.py
-part optimizer 180 "$PYTHON" bench.py --what=optimizer --rounds=30
-for width in 768 1024 1280; do
-  part "gemm-$width" 60 "$PYTHON" bench.py --what=gemm --n_embd=$width --n_head=16 --batch_size=32
+wanted tests && part tests 240 "$PYTHON" -m pytest -q -x tests/test_quant.py tests/test_int8.py tests/test_optim.py tests/test_model.py
+wanted optimizer && part optimizer 120 "$PYTHON" bench.py --what=optimizer --rounds=30
+wanted gemm && for width in 768 1024 1280; do
+  part "gemm-$width" 40 "$PYTHON" bench.py --what=gemm --n_embd=$width --n_head=16 --batch_size=32
 done
-part step 420 "$PYTHON" bench.py --variants=E0,plain,w8a8,int8,int8-all,keep8,w8a8+keep8,int8-all+keep8+adam8 \
-  --batch_size=16 --vocab_size=50257 --rounds=20
+wanted step && part step 300 "$PYTHON" bench.py --batch_size=16 --vocab_size=50257 --rounds=20 \
+  --variants=E0,plain,w8a8,int8,int8-all,keep8,w8a8+keep8,int8-all+keep8+adam8
 
 # Simulated beside integer, the same seed: the losses of two log files.
-for preset in E0 w8a8 int8 int8-all; do
-  part "curve-$preset" 120 "$PYTHON" train.py --preset=gpt2,$preset --out_dir="$out/runs/curve-$preset" --max_iters=150 \
-    --gradient_accumulation_steps=4 --warmup_iters=50 --eval_interval=150 --sample_tokens=0
+wanted curves && for preset in E0 w8a8 int8 int8-all; do
+  part "curve-$preset" 75 "$PYTHON" train.py --preset=gpt2,$preset --out_dir="$out/runs/curve-$preset" --max_iters=100 \
+    --gradient_accumulation_steps=4 --warmup_iters=50 --eval_interval=100 --sample_tokens=0
 done
 
 # Moments: 1.3M parameters, 27M tokens (20 per parameter), 3 seeds, two beta2; eight runs at a time.
@@ -31,6 +35,6 @@ one() {
   rm -f "$4/runs/$1-$2-$3"/*.pt
 }
 export -f one
-for seed in 1 2 3; do for beta2 in 0.95 0.999; do for p in E0 S1 S2 S3 S4 S6 S6-per_tensor adam8-dynamic adam8 adam4; do
-  echo "$p $beta2 $seed $out"; done; done; done | timeout 780 xargs -P 8 -L 1 bash -c 'one "$0" "$1" "$2" "$3"'
+wanted moments && for seed in 1 2 3; do for beta2 in 0.95 0.999; do for p in E0 S1 S2 S3 S4 S6 S6-per_tensor adam8-dynamic adam8 adam4; do
+  echo "$p $beta2 $seed $out"; done; done; done | timeout 590 xargs -P 8 -L 1 bash -c 'one "$0" "$1" "$2" "$3"'
 grep -h val_loss "$out"/runs/*/log.jsonl | tail -n 3
