@@ -186,9 +186,9 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
 
     Args:
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
-        noise: uniform in (0, 1), of x's shape: x goes to one of the two codes around it so that decode(encode(x)) is
-            x on average. A change of v smaller than half a code is then not lost for ever. (Below the smallest code of
-            power's v there is none: such an x always becomes that code.) None: to the nearest.
+        noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
+            decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
+            the smallest code of power's v there is none: such an x always becomes that code.) None: to the nearest.
 
     The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k (to the
     even code of an 8-bit power v); in dynamic away from zero.
@@ -201,10 +201,9 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         k = nearest_dynamic(scaled, moment)
         if not moment.second:
             k = torch.minimum(k, torch.where(x < 0, last - 1.0, float(last)))  # the book has no -1
-    elif noise is not None:
-        k = (root(scaled) if is_square(moment) else scaled).floor().clamp(first, last)
-        up = scaled - level(k, moment) > noise * (level(k + 1, moment) - level(k, moment))
-        k = (k + up.float()).clamp(max=last)
+    elif noise is not None:  # up from k^2 + noise (2k + 1), which is (k + noise)^2 + noise (1 - noise)
+        k = root(torch.relu(scaled - noise * (1 - noise))) if is_square(moment) else scaled
+        k = (k - noise).ceil().clamp(first, last)
     elif moment.second and is_square(moment):
         k = torch.relu(root(x) * _keep(root(1 / scale)) - first).round() + first  # the step needs root(x) anyway
     elif is_square(moment):
@@ -242,18 +241,19 @@ def _keep(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
 
 
-def hash_noise(key: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return two numbers in (0, 1) per element, one for each moment; key: int32 (seed, number of the first element).
+def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return two numbers in (0, 1) per row, (n, 1), one for each moment; key: int32 (seed, number of the first row).
 
-    A hash of (seed, element) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
+    The elements of a row share theirs: each is still rounded to its value on average, and the noise costs nothing.
+    A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
     and in compiled code. It is murmur3's finalizer; the two numbers are its upper and lower 16 bits.
     """
-    element = torch.arange(shape.numel(), dtype=torch.int32, device=key.device).view(shape) + key[1]
-    h = element * -1640531535 + key[0]
+    row = torch.arange(n, dtype=torch.int32, device=key.device)[:, None] + key[1]
+    h = row * -1640531535 + key[0]
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     h = h ^ ((h >> 16) & 0xFFFF)
-    return ((h & 0xFFFF).float() + 0.5) / 65536, (((h >> 16) & 0xFFFF).float() + 0.5) / 65536
+    return _keep(((h & 0xFFFF).float() + 0.5) / 65536), _keep((((h >> 16) & 0xFFFF).float() + 0.5) / 65536)
 
 
 # -----------------------------------------------------------------------------
@@ -284,9 +284,9 @@ def adamw_update(ps: Parts, gs: Parts, codes1: Parts, codes2: Parts, scales: Ten
     vs = [beta2 * v + rest2 * (g * g) for v, g in zip(_read(codes2, scales[:, 1:], m2), gs, strict=True)]
     for p, m, v in zip(ps, ms, vs, strict=True):
         p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
-    noise = [(None, None) if key is None else hash_noise(key + i, g.shape) for i, g in enumerate(gs)]
-    _write(ms, codes1, scales[:, :1], m1, [n[0] for n in noise])
-    _write(vs, codes2, scales[:, 1:], m2, [n[1] for n in noise])
+    noise1, noise2 = (None, None) if key is None else hash_noise(key, len(gs[0]))
+    _write(ms, codes1, scales[:, :1], m1, noise1)
+    _write(vs, codes2, scales[:, 1:], m2, noise2)
 
 
 def _read(codes: Parts, scale: Tensor, moment: Moment) -> Parts:
@@ -296,13 +296,12 @@ def _read(codes: Parts, scale: Tensor, moment: Moment) -> Parts:
     return [decode(c, scale, moment) for c in ([codes[0] & 15, codes[0] >> 4] if moment.bits == 4 else codes)]
 
 
-def _write(xs: Parts, codes: Parts, scale: Tensor, moment: Moment, noise: list[Tensor | None]) -> None:
+def _write(xs: Parts, codes: Parts, scale: Tensor, moment: Moment, noise: Tensor | None) -> None:
     """Store the fresh moment in place."""
     if moment.bits < 32:
         fresh = new_scale(xs, moment)
         scale.copy_(fresh)
-        stochastic = moment.rounding == "stochastic"
-        xs = [encode(x, fresh, moment, n if stochastic else None) for x, n in zip(xs, noise, strict=True)]
+        xs = [encode(x, fresh, moment, noise if moment.rounding == "stochastic" else None) for x in xs]
     if moment.bits == 4:
         xs = [xs[0] | (xs[1] << 4)]
     for c, x in zip(codes, xs, strict=True):
@@ -423,7 +422,7 @@ class AdamW(torch.optim.Optimizer):
             key = None
             if any(m.bits < 32 and m.rounding == "stochastic" for m in moments):
                 seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
-                key = torch.tensor([seed[0], first * part], dtype=torch.int32, device=p.device)
+                key = torch.tensor([seed[0], first], dtype=torch.int32, device=p.device)
             update(*piece[:4], piece[4][0], hyper, key)
         if flat.data_ptr() != p.data_ptr():
             p.copy_(flat[:p.numel()].view(p.shape))
