@@ -24,7 +24,7 @@ uint8 (n, B), or (n, B/2) for 4 bits: element j of the first half of a row in th
 With 4 bits everything else comes in halves too, (n, B/2) each: one loop over B/2 bytes then does it all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from math import inf, sqrt
@@ -376,7 +376,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         index = -1  # counts all parameters: the noise of one does not depend on the gradients of others
         for group in self.param_groups:
-            plain = []
+            plain, hyper = [], lru_cache(partial(_hyper, group))
             for p in group["params"]:
                 index += 1
                 if p.grad is None:
@@ -389,7 +389,7 @@ class AdamW(torch.optim.Optimizer):
                     plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
                 else:
                     state["step"] += 1
-                    self._update(p, group, state, index)
+                    self._update(p, group, state, index, hyper)
             if plain:  # 32 bits is not an imitation: torch's own fused AdamW
                 params, grads, m, v, steps = map(list, zip(*plain, strict=True))
                 beta1, beta2 = group["betas"]
@@ -397,33 +397,28 @@ class AdamW(torch.optim.Optimizer):
                             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return loss
 
-    def _update(self, p: Tensor, group: dict, state: dict, index: int) -> None:
+    def _update(self, p: Tensor, group: dict, state: dict, index: int, hyper: Callable) -> None:
         """Lay p out as rows, in halves if need be, and hand them to adamw_update."""
-        m1, m2 = moments = _moments(p, group)
-        n, width = _layout(p, group)
-        t, (beta1, beta2) = int(state["step"]), group["betas"]
-        debias = sqrt(1 - beta2**t)
-        hyper = torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
-                              beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        m1, m2, n, width = _layout(p, group)
+        t = int(state["step"])
         flat, grad = (_whole_rows(z, n * width) for z in (p, p.grad))
         part = width // 2 if 4 in (m1.bits, m2.bits) else width
-        # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
-        args = [[z.data for z in rows.view(n, -1).split(part, 1)]
-                for rows in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
+        args = [rows.view(n, -1, part).unbind(1) for rows in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
+        args.append([state["scales"]])
         update = compiled_update(m1, m2) if self.compile else partial(adamw_update, m1=m1, m2=m2)
         temporaries = len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt))
         rows = max(1, PIECE // width) if temporaries else n
         for first in range(0, n, rows):
-            piece = [[z[first:first + rows] for z in zs] for zs in (*args, [state["scales"]])] if rows < n else \
-                [*args, [state["scales"]]]
+            # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
+            *piece, (scales,) = [[z[first:first + rows].data for z in zs] for zs in args]
             if self.compile:
-                for z in sum(piece, []):
+                for z in sum(piece, [scales]):
                     torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B is a constant while it can be
             key = None
-            if any(m.bits < 32 and m.rounding == "stochastic" for m in moments):
+            if "stochastic" in (m1.rounding, m2.rounding):
                 seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
                 key = torch.tensor([seed[0], first], dtype=torch.int32, device=p.device)
-            update(*piece[:4], piece[4][0], hyper, key)
+            update(*piece, scales, hyper(t, p.device), key)
         if flat.data_ptr() != p.data_ptr():
             p.copy_(flat[:p.numel()].view(p.shape))
 
@@ -473,7 +468,7 @@ class AdamW(torch.optim.Optimizer):
         for key, stored in ours["state"].items():
             p, group = params[key]
             state[key] = {"step": stored["step"].clone()}
-            for i, (moment, name) in enumerate(zip(_moments(p, group), ("exp_avg", "exp_avg_sq"), strict=True)):
+            for i, (moment, name) in enumerate(zip(_layout(p, group)[:2], ("exp_avg", "exp_avg_sq"), strict=True)):
                 x = stored[name]
                 if moment.bits < 32:
                     x = torch.cat(_read([x], stored["scales"][:, i:i + 1], moment), 1)
@@ -487,7 +482,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 size = sum(t.nbytes for name, t in self._state(p, group).items() if name != "step")
-                name = "+".join("fp32" if m.bits == 32 else f"{m.fmt}{m.bits}" for m in _moments(p, group))
+                name = "+".join("fp32" if m.bits == 32 else f"{m.fmt}{m.bits}" for m in _layout(p, group)[:2])
                 kind = kinds.setdefault(name, [0, 0, 0])
                 kind[:] = kind[0] + 1, kind[1] + p.numel(), kind[2] + size
         parts = [f"{k} {n} tensors, {e / 1e6:.2f}M elements, {b / 1e6:.2f} MB" for k, (n, e, b) in kinds.items()]
@@ -496,16 +491,41 @@ class AdamW(torch.optim.Optimizer):
         return each, f"optimizer state: {each:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
 
 
-def _moments(p: Tensor, group: dict) -> tuple[Moment, Moment]:
-    """Return how p's moments are stored: as the group says, small tensors in fp32."""
-    if p.numel() < MIN_SIZE:
-        return Moment(), Moment(second=True)
-    return Moment(*group["m1"]), Moment(*group["m2"])._replace(second=True)
+def _hyper(group: dict, t: int, device: torch.device) -> Tensor:
+    """Return adamw_update's `hyper` for step t."""
+    beta1, beta2 = group["betas"]
+    debias = sqrt(1 - beta2**t)
+    return torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
+                         beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=device)
+
+
+def _layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
+    """Return (m1, m2, n, B): how p's moments are stored, as n rows of B elements; the last one perhaps incomplete.
+
+    Raises: ValueError for 4 bits and rows of odd length.
+    """
+    return _layout_of(p.shape, group["m1"], group["m2"], group["block"])
+
+
+@lru_cache(None)
+def _layout_of(shape: torch.Size, m1: tuple, m2: tuple, block: int) -> tuple[Moment, Moment, int, int]:
+    """See _layout; asked for every tensor at every step."""
+    m1, m2 = (Moment(), Moment()) if shape.numel() < MIN_SIZE else (Moment(*m1), Moment(*m2))
+    stored = [m for m in (m1, m2) if m.bits < 32]
+    n, width = -(-shape.numel() // block), block
+    if any(m.gran == "per_channel" for m in stored):
+        n = shape[0] if len(shape) >= 2 else 1
+        width = shape.numel() // n
+        if width % 2 and any(m.bits == 4 for m in stored):
+            raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(shape)} parameter have "
+                             f"{width} elements; use per_block")
+    return m1, m2._replace(second=True), n, width
 
 
 def _is_plain(p: Tensor, group: dict) -> bool:
     """Return whether torch's fused AdamW does the step: fp32, all of it."""
-    return p.dtype == torch.float32 and all(m.bits == 32 for m in _moments(p, group))
+    m1, m2, *_ = _layout(p, group)
+    return p.dtype == torch.float32 and m1.bits == m2.bits == 32
 
 
 def _whole_rows(z: Tensor, size: int) -> Tensor:
@@ -513,28 +533,12 @@ def _whole_rows(z: Tensor, size: int) -> Tensor:
     return F.pad(z.reshape(-1), (0, size - z.numel())) if z.numel() < size else z.reshape(-1)
 
 
-def _layout(p: Tensor, group: dict) -> tuple[int, int]:
-    """Return (n, B): p is n rows of B elements, or n blocks, the last one perhaps incomplete.
-
-    Raises: ValueError for 4 bits and rows of odd length.
-    """
-    stored = [m for m in _moments(p, group) if m.bits < 32]
-    if not any(m.gran == "per_channel" for m in stored):
-        return -(-p.numel() // group["block"]), group["block"]
-    n = len(p) if p.dim() >= 2 else 1
-    width = p.numel() // n
-    if width % 2 and any(m.bits == 4 for m in stored):
-        raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(p.shape)} parameter have {width} "
-                         "elements; use per_block")
-    return n, width
-
-
 def _new_state(p: Tensor, group: dict) -> dict:
     """Return the state of p before the first step: codes and scales of zero."""
     if _is_plain(p, group):
         return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p)}
-    state, moments, (n, width) = {"step": torch.zeros(())}, _moments(p, group), _layout(p, group)
+    state, (*moments, n, width) = {"step": torch.zeros(())}, _layout(p, group)
     for name, m in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         if m.bits == 32:
             state[name] = torch.zeros(n, width, device=p.device)
