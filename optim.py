@@ -150,10 +150,10 @@ def level(k: Tensor, moment: Moment) -> Tensor:
     if moment.fmt != "dynamic":
         return k * k if is_square(moment) else k
     t = k + (1.5 if moment.second else 0.5)
-    *lower, (above, _, slope, offset) = decades(moment)
-    y = t * slope - offset
-    for start, _, slope, offset in reversed(lower):
-        y, above = torch.where(t < above, t * slope - offset, y), start
+    (_, _, before, offset), *higher = decades(moment)
+    y = t * before - offset
+    for start, _, slope, _ in higher:
+        y, before = y + torch.relu(t - start) * (slope - before), slope
     return torch.where(k < first_last(moment)[1], torch.relu(y), 1.0)  # 0 and 1, outside the decades
 
 
