@@ -29,12 +29,7 @@ wanted curves && for preset in E0 w8a8 int8 int8-all; do
 done
 
 # Moments: 1.3M parameters, 27M tokens (20 per parameter), 3 seeds, two beta2; eight runs at a time.
-one() {
-  "$PYTHON" train.py --preset="tiny,$1" --beta2="$2" --seed="$3" --n_embd=160 --batch_size=64 --max_iters=3300 --warmup_iters=200 \
-    --eval_interval=1100 --eval_tokens=0 --sample_tokens=0 --dtype=float32 --out_dir="$4/runs/$1-$2-$3" > "$4/runs/$1-$2-$3.txt" 2>&1
-  rm -f "$4/runs/$1-$2-$3"/*.pt
-}
-export -f one
-wanted moments && for seed in 1 2 3; do for beta2 in 0.95 0.999; do for p in E0 S1 S2 S3 S4 S6 S6-per_tensor adam8-dynamic adam8 adam4; do
-  echo "$p $beta2 $seed $out"; done; done; done | timeout 590 xargs -P 8 -L 1 bash -c 'one "$0" "$1" "$2" "$3"'
-grep -h val_loss "$out"/runs/*/log.jsonl | tail -n 3
+export JOBS=8
+wanted moments && part moments 590 bash results/moments.sh "$out/runs/moments" --n_embd=160 --batch_size=64 --max_iters=3300 \
+  --warmup_iters=200 --eval_interval=1100 --dtype=float32
+grep -h val_loss "$out"/runs/curve-*/log.jsonl | tail -n 3
