@@ -105,6 +105,8 @@ def _argument(hint: typing.Any) -> dict:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = _argument(next(t for t in typing.get_args(hint) if t is not type(None)))
         read = inner["type"]
+        if "choices" in inner:
+            inner |= {"choices": (*inner["choices"], None), "metavar": inner["metavar"][:-1] + "|auto}"}
         return {**inner, "type": lambda text: None if text.lower() in ("none", "auto") else read(text)}
     if typing.get_origin(hint) is typing.Literal:
         options = typing.get_args(hint)

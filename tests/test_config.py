@@ -28,6 +28,7 @@ class Config:
     weight_decay: float = 0.1  # 100% of nothing
     compile: bool = True  # compile first
     seed: int | None = None  # seed of everything
+    dtype: Literal["half", "full"] | None = None  # of everything
     inner: Inner = field(default_factory=Inner)
 
 
@@ -60,7 +61,7 @@ def test_defaults_and_flags():
     ("--compile=true", "compile", True), ("--compile=1", "compile", True), ("--seed=7", "seed", 7),
     ("--seed=None", "seed", None), ("--seed=auto", "seed", None), ("--skip_blocks=0,11", "skip_blocks", (0, 11)),
     ("--skip_blocks=3", "skip_blocks", (3,)), ("--skip_blocks=", "skip_blocks", ()),
-    ("--gran=column", "gran", "column"),
+    ("--gran=column", "gran", "column"), ("--dtype=half", "dtype", "half"), ("--dtype=auto", "dtype", None),
 ])
 def test_types(flag, name, value):
     """Every type of field reads its values, and gives that very type."""
@@ -95,6 +96,7 @@ def test_presets_compose_from_left_to_right():
     (["--bits"], "argument --bits: expected one argument"),
     (["--compile=maybe"], "argument --compile: invalid value 'maybe': use True or False"),
     (["--skip_blocks=1;2"], "argument --skip_blocks: invalid value '1;2': use integers with commas, as 0,11"),
+    (["--dtype=quarter"], "argument --dtype: invalid choice: 'quarter' (choose from"),
     (["--gran=diagonal"], "argument --gran: invalid choice: 'diagonal' (choose from"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, line):
@@ -121,7 +123,7 @@ def test_build_and_flatten_are_inverse():
     """flatten gives plain flat values, build takes them back; an unknown name is a ValueError that names it."""
     config = read("--bits=4", "--gran=column", "--seed=3", "--skip_blocks=1,2", "--preset=long")
     assert flatten(config) == {"preset": "long", "max_iters": 99, "weight_decay": 0.1, "compile": True, "seed": 3,
-                               "bits": 4, "gran": "column", "skip_blocks": (1, 2)}
+                               "dtype": None, "bits": 4, "gran": "column", "skip_blocks": (1, 2)}
     assert build(Config, flatten(config)) == config
     assert build(Config, {"bits": 4}) == Config(inner=Inner(bits=4))
     with pytest.raises(ValueError, match="unknown option 'bitz' for Config"):
