@@ -34,14 +34,14 @@ FORMATS = {
     "dynamic8 + dynamic8": dict(m1bits=8, m1fmt="dynamic", m2bits=8, m2fmt="dynamic"),
     "linear8 + power8": dict(m1bits=8, m1fmt="linear", m2bits=8),
     "power8 + power8 (adam8)": dict(m1bits=8, m2bits=8),
-    "power8 + power8, v stochastic": dict(m1bits=8, m2bits=8, m2round="stochastic"),
+    "power8 + power8, v nearest": dict(m1bits=8, m2bits=8, m2round="nearest"),
     "power8 + power8, blocks of 64": dict(m1bits=8, m2bits=8, mblock=64),
     "dynamic4 + dynamic4": dict(m1bits=4, m1fmt="dynamic", m2bits=4, m2fmt="dynamic"),
     "linear4 + linear4": dict(m1bits=4, m1fmt="linear", m2bits=4, m2fmt="linear"),
     "linear4 + power4": dict(m1bits=4, m1fmt="linear", m2bits=4),
     "dynamic4 + power4": dict(m1bits=4, m1fmt="dynamic", m2bits=4),
     "power4 + power4 (adam4)": dict(m1bits=4, m2bits=4),
-    "power4 + power4, v stochastic": dict(m1bits=4, m2bits=4, m2round="stochastic"),
+    "power4 + power4, v nearest": dict(m1bits=4, m2bits=4, m2round="nearest"),
     "power4 + power8": dict(m1bits=4, m2bits=8),
 }
 

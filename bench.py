@@ -263,7 +263,7 @@ def bench_memory(config: BenchConfig, device: str) -> tuple[str, list[dict]]:
 
 OPTIMIZERS = {
     "fp32": {}, "power8 + power8 (adam8)": PRESETS["adam8"],
-    "power8 + power8, v stochastic": dict(m1bits=8, m2bits=8, m2round="stochastic"),
+    "power8 + power8, v nearest": dict(m1bits=8, m2bits=8, m2round="nearest"),
     "power8 + power8, per_channel": dict(m1bits=8, m2bits=8, m1gran="per_channel", m2gran="per_channel"),
     "linear8 + power8": dict(m1bits=8, m1fmt="linear", m2bits=8),
     "linear8 + linear8": dict(m1bits=8, m1fmt="linear", m2bits=8, m2fmt="linear"),

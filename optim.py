@@ -17,6 +17,10 @@ correction (Kingma and Ba 2015, end of section 2). A format is a code book, the 
     power     k^2            fine near zero, where most values are. v has no code for zero: it cannot vanish before its
                              m does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
 
+Decay moves v by 1 - b2 of itself a step, often less than half a code. Rounded to nearest such a v stays where it is,
+too large, and steps too short. So power's v is rounded up or down at random, right on average
+(results/optimizer.md: rounded to nearest, long runs end 0.012 nats higher).
+
 The class at the end is bookkeeping: which tensor is stored how, and state_dict. 32 bits is torch's own AdamW.
 
 Shapes: a tensor is n rows of B elements: its own rows (per_channel), else blocks of the flattened tensor. Codes are
@@ -61,7 +65,7 @@ class OptimConfig:
     m2bits: Bits = 32  # bits of the second moment
     m2fmt: Format = "power"  # code book of the second moment; linear is the paper's failing case
     m2gran: Granularity = "per_block"  # what shares a scale in the second moment
-    m2round: Rounding = "nearest"  # stochastic keeps v from getting stuck when beta2 is near 1 or bits are few
+    m2round: Rounding | None = None  # of the stored second moment; auto: stochastic with power, else nearest
     mblock: int | None = None  # elements of a block; auto: 256, or 128 with 4 bits
     mfloor: bool = False  # linear scales never below 1e-8, as in the paper's code
     membed32: bool = False  # embeddings keep fp32 moments, as in both papers
@@ -78,7 +82,7 @@ class OptimConfig:
                 raise ValueError(f"--m{i}bits={getattr(self, f'm{i}bits')}: every format has 8 and 4; use 8, 4 or 32")
             for name in ("fmt", "gran", "round"):
                 value, default = (getattr(x, f"m{i}{name}") for x in (self, OptimConfig))
-                if i not in both and value != default:
+                if i not in both and value not in (default, "nearest"):  # older checkpoints say m2round=nearest
                     raise ValueError(f"--m{i}{name}={value} has no effect with --m{i}bits=32; drop it or use 8 or 4")
             if i in both and getattr(self, f"m{i}fmt") == "dynamic" and getattr(self, f"m{i}round") == "stochastic":
                 raise ValueError(f"--m{i}round=stochastic: dynamic rounds to nearest; use --m{i}fmt=power or linear")
@@ -96,10 +100,13 @@ class OptimConfig:
 
     def formats(self) -> dict:
         """Return what a param_group records, plain values: {"m1": Moment's fields, "m2": same, "block": elements}."""
-        m1, m2 = ((bits, *((fmt, gran, rounding, self.mfloor and fmt == "linear") if bits < 32 else ()))
-                  for bits, fmt, gran, rounding in ((self.m1bits, self.m1fmt, self.m1gran, self.m1round),
-                                                    (self.m2bits, self.m2fmt, self.m2gran, self.m2round)))
-        return {"m1": m1, "m2": m2, "block": self.mblock or (128 if 4 in (self.m1bits, self.m2bits) else 256)}
+        def moment(bits: int, fmt: str, gran: str, rounding: str) -> tuple:
+            return (32,) if bits == 32 else (bits, fmt, gran, rounding, self.mfloor and fmt == "linear")
+
+        m2round = self.m2round or ("stochastic" if self.m2fmt == "power" else "nearest")
+        return {"m1": moment(self.m1bits, self.m1fmt, self.m1gran, self.m1round),
+                "m2": moment(self.m2bits, self.m2fmt, self.m2gran, m2round),
+                "block": self.mblock or (128 if 4 in (self.m1bits, self.m2bits) else 256)}
 
 
 class Moment(NamedTuple):
