@@ -28,7 +28,7 @@ uint8 (n, B), or (n, B/2) for 4 bits: element j of the first half of a row in th
 With 4 bits everything else comes in halves too, (n, B/2) each: one loop over B/2 bytes then does it all.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from math import inf, sqrt
@@ -382,6 +382,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         index = -1  # counts all parameters: the noise of one does not depend on the gradients of others
+        keys = lru_cache(partial(_keys, self.seed, sum(len(group["params"]) for group in self.param_groups)))
         for group in self.param_groups:
             plain, hyper = [], lru_cache(partial(_hyper, group))
             for p in group["params"]:
@@ -396,7 +397,8 @@ class AdamW(torch.optim.Optimizer):
                     plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
                 else:
                     state["step"] += 1
-                    self._update(p, group, state, index, hyper)
+                    t = int(state["step"])
+                    self._update(p, group, state, hyper(t, p.device), keys(t, p.device)[index])
             if plain:  # 32 bits is not an imitation: torch's own fused AdamW
                 params, grads, m, v, steps = map(list, zip(*plain, strict=True))
                 beta1, beta2 = group["betas"]
@@ -404,10 +406,9 @@ class AdamW(torch.optim.Optimizer):
                             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return loss
 
-    def _update(self, p: Tensor, group: dict, state: dict, index: int, hyper: Callable) -> None:
+    def _update(self, p: Tensor, group: dict, state: dict, hyper: Tensor, key: Tensor) -> None:
         """Lay p out as rows, in halves if need be, and hand them to adamw_update."""
         m1, m2, n, width = _layout(p, group)
-        t = int(state["step"])
         flat, grad = (_whole_rows(z, n * width) for z in (p, p.grad))
         part = width // 2 if 4 in (m1.bits, m2.bits) else width
         args = [rows.view(n, -1, part).unbind(1) for rows in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
@@ -421,11 +422,8 @@ class AdamW(torch.optim.Optimizer):
             if self.compile:
                 for z in sum(piece, [scales]):
                     torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B is a constant while it can be
-            key = None
-            if "stochastic" in (m1.rounding, m2.rounding):
-                seed = np.random.SeedSequence((self.seed, t, index)).generate_state(1).view(np.int32)
-                key = torch.tensor([seed[0], first], dtype=torch.int32, device=p.device)
-            update(*piece, scales, hyper(t, p.device), key)
+            key[1] = first
+            update(*piece, scales, hyper, key if "stochastic" in (m1.rounding, m2.rounding) else None)
         if flat.data_ptr() != p.data_ptr():
             p.copy_(flat[:p.numel()].view(p.shape))
 
@@ -504,6 +502,12 @@ def _hyper(group: dict, t: int, device: torch.device) -> Tensor:
     debias = sqrt(1 - beta2**t)
     return torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
                          beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=device)
+
+
+def _keys(seed: int, n: int, t: int, device: torch.device) -> Tensor:
+    """Return hash_noise's key of each of n parameters at step t: int32 (n, 2)."""
+    seeds = np.random.SeedSequence((seed, t)).generate_state(n).view(np.int32)
+    return torch.tensor(np.stack([seeds, np.zeros_like(seeds)], 1), device=device)
 
 
 def _layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
