@@ -12,7 +12,7 @@ one() {  # FORMAT BETA2 SEED FLAG ...
   local dir=$OUT/$1-$2-$3 format preset=$1
   case $1 in
     dynamic) preset=E0 format="--m1bits=8 --m1fmt=dynamic --m2bits=8 --m2fmt=dynamic" ;;
-    adam?-stochastic) preset=${1%-*} format=--m2round=stochastic ;;
+    adam?-nearest) preset=${1%-*} format=--m2round=nearest ;;
     *) format= ;;
   esac
   grep -qsE '"status": "(finished|diverged)"' "$dir/log.jsonl" && return
@@ -25,7 +25,7 @@ one() {  # FORMAT BETA2 SEED FLAG ...
 }
 export -f one
 for seed in ${SEEDS:-1 2 3}; do for beta2 in ${BETA2:-0.999 0.95}; do
-  for format in ${FORMATS:-E0 S6 adam8 adam4 dynamic adam8-stochastic adam4-stochastic S4 S2 S1 S3 S6-per_tensor}; do
+  for format in ${FORMATS:-E0 S6 adam8 adam4 dynamic adam8-nearest adam4-nearest S4 S2 S1 S3 S6-per_tensor}; do
     echo "$format $beta2 $seed $*"
   done; done; done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one
 
