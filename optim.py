@@ -18,8 +18,8 @@ correction (Kingma and Ba 2015, end of section 2). A format is a code book, the 
                              m does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
 
 Decay moves v by 1 - b2 of itself a step, often less than half a code. Rounded to nearest such a v stays where it is,
-and steps too short: sqrt(v) was 1.3 times too large after 20,000 steps with b2 = 0.999 (results/optimizer.md). So
-power's v is rounded up or down at random, right on average.
+too large: sqrt(v), which divides the step, by 1.3 on average after 20,000 steps with b2 = 0.999
+(results/optimizer.md). So power's v is rounded up or down at random, right on average.
 
 The class at the end is bookkeeping: which tensor is stored how, and state_dict. 32 bits is torch's own AdamW.
 
@@ -251,7 +251,7 @@ def _keep(x: Tensor) -> Tensor:
 def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return two numbers in (0, 1) per row, (n, 1), one for each moment; key: int32 (seed, number of the first row).
 
-    The elements of a row share theirs: each is still rounded to its value on average, and the noise costs nothing.
+    The elements of a row share theirs: each is still its value on average, and the hash costs next to nothing.
     A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
     and in compiled code. It is murmur3's finalizer; the two numbers are its upper and lower 16 bits.
     """
@@ -515,7 +515,7 @@ def _layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
 
     Raises: ValueError for 4 bits and rows of odd length.
     """
-    return _layout_of(p.shape, group["m1"], group["m2"], group["block"])
+    return _layout_of(p.shape, tuple(group["m1"]), tuple(group["m2"]), group["block"])
 
 
 @lru_cache(None)
