@@ -104,10 +104,15 @@ def _argument(hint: typing.Any) -> dict:
     """Return argparse's keywords for a type hint: str, int, float, bool, tuple of ints, Literal, or X | None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = _argument(next(t for t in typing.get_args(hint) if t is not type(None)))
-        read = inner["type"]
-        if "choices" in inner:
-            inner |= {"choices": (*inner["choices"], None), "metavar": inner["metavar"][:-1] + "|auto}"}
-        return {**inner, "type": lambda text: None if text.lower() in ("none", "auto") else read(text)}
+        read, options = inner["type"], inner.pop("choices", None)
+
+        def optional(text: str) -> typing.Any:
+            value = None if text.lower() in ("none", "auto") else read(text)
+            if value is not None and options and value not in options:
+                raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(options)}, auto)")
+            return value
+        optional.__name__ = read.__name__  # argparse's messages say "invalid int value"
+        return {"type": optional, "metavar": inner["metavar"][:-1] + "|auto}" if options else inner["metavar"]}
     if typing.get_origin(hint) is typing.Literal:
         options = typing.get_args(hint)
         return {"type": type(options[0]), "choices": options, "metavar": "{" + "|".join(map(str, options)) + "}"}

@@ -82,7 +82,8 @@ class OptimConfig:
                 raise ValueError(f"--m{i}bits={getattr(self, f'm{i}bits')}: every format has 8 and 4; use 8, 4 or 32")
             for name in ("fmt", "gran", "round"):
                 value, default = (getattr(x, f"m{i}{name}") for x in (self, OptimConfig))
-                if i not in both and value not in (default, "nearest"):  # older checkpoints say m2round=nearest
+                older = (name, value) == ("round", "nearest")  # checkpoints from before m2round had auto
+                if i not in both and value != default and not older:
                     raise ValueError(f"--m{i}{name}={value} has no effect with --m{i}bits=32; drop it or use 8 or 4")
             if i in both and getattr(self, f"m{i}fmt") == "dynamic" and getattr(self, f"m{i}round") == "stochastic":
                 raise ValueError(f"--m{i}round=stochastic: dynamic rounds to nearest; use --m{i}fmt=power or linear")
@@ -251,7 +252,8 @@ def _keep(x: Tensor) -> Tensor:
 def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return two numbers in (0, 1) per row, (n, 1), one for each moment; key: int32 (seed, number of the first row).
 
-    The elements of a row share theirs: each is still its value on average, and the hash costs next to nothing.
+    The elements of a row, both halves of it, share theirs. Each is still its value on average, only the errors within a
+    row are no longer independent; and the hash costs next to nothing.
     A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
     and in compiled code. It is murmur3's finalizer; the two numbers are its upper and lower 16 bits.
     """
@@ -397,8 +399,9 @@ class AdamW(torch.optim.Optimizer):
                     plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
                 else:
                     state["step"] += 1
-                    t = int(state["step"])
-                    self._update(p, group, state, hyper(t, p.device), keys(t, p.device)[index])
+                    t, (m1, m2, *_) = int(state["step"]), _layout(p, group)
+                    key = keys(t, p.device)[index].data if "stochastic" in (m1.rounding, m2.rounding) else None
+                    self._update(p, group, state, hyper(t, p.device), key)
             if plain:  # 32 bits is not an imitation: torch's own fused AdamW
                 params, grads, m, v, steps = map(list, zip(*plain, strict=True))
                 beta1, beta2 = group["betas"]
@@ -406,7 +409,7 @@ class AdamW(torch.optim.Optimizer):
                             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return loss
 
-    def _update(self, p: Tensor, group: dict, state: dict, hyper: Tensor, key: Tensor) -> None:
+    def _update(self, p: Tensor, group: dict, state: dict, hyper: Tensor, key: Tensor | None) -> None:
         """Lay p out as rows, in halves if need be, and hand them to adamw_update."""
         m1, m2, n, width = _layout(p, group)
         flat, grad = (_whole_rows(z, n * width) for z in (p, p.grad))
@@ -415,15 +418,16 @@ class AdamW(torch.optim.Optimizer):
         args.append([state["scales"]])
         update = compiled_update(m1, m2) if self.compile else partial(adamw_update, m1=m1, m2=m2)
         temporaries = len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt))
-        rows = max(1, PIECE // width) if temporaries else n
+        rows = max(1, PIECE // width if temporaries else n)
         for first in range(0, n, rows):
             # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
             *piece, (scales,) = [[z[first:first + rows].data for z in zs] for zs in args]
             if self.compile:
                 for z in sum(piece, [scales]):
                     torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B is a constant while it can be
-            key[1] = first
-            update(*piece, scales, hyper, key if "stochastic" in (m1.rounding, m2.rounding) else None)
+            if key is not None:
+                key[1] = first
+            update(*piece, scales, hyper, key)
         if flat.data_ptr() != p.data_ptr():
             p.copy_(flat[:p.numel()].view(p.shape))
 

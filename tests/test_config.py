@@ -96,7 +96,8 @@ def test_presets_compose_from_left_to_right():
     (["--bits"], "argument --bits: expected one argument"),
     (["--compile=maybe"], "argument --compile: invalid value 'maybe': use True or False"),
     (["--skip_blocks=1;2"], "argument --skip_blocks: invalid value '1;2': use integers with commas, as 0,11"),
-    (["--dtype=quarter"], "argument --dtype: invalid choice: 'quarter' (choose from"),
+    (["--dtype=quarter"], "argument --dtype: invalid choice: 'quarter' (choose from half, full, auto)"),
+    (["--seed=x"], "argument --seed: invalid int value: 'x'"),
     (["--gran=diagonal"], "argument --gran: invalid choice: 'diagonal' (choose from"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, line):

@@ -185,7 +185,8 @@ def test_stored_moment_is_close(moment, gran, magnitude, seed, shape, outlier):
 def test_stochastic_rounding_is_unbiased(moment):
     """To the code below or above, and the mean of many is the number: 5 sigma, and noise of 16 bits."""
     n = 2**16
-    x = torch.tensor([0.999, 0.31, 0.117, 0.063]) * book(moment)[-1].float()
+    x = torch.cat([torch.tensor([0.999, 0.31, 0.117, 0.063]) * book(moment)[-1].float(), torch.tensor([1.3, 2.9])])
+    x = (x if moment.second else torch.cat([x, torch.tensor([0.02, 0.3, 0.9])]))
     x = (x if moment.second else torch.cat([x, -x])).expand(n, -1)
     noise = hash_noise(torch.tensor([12345, 0], dtype=torch.int32), n)[moment.second]
     y = decode(encode(x, ONE, moment, noise), ONE, moment).double()
@@ -433,7 +434,7 @@ class TinyGPT(nn.Module):
         self.lm_head.weight = self.wte.weight
 
 
-@pytest.mark.parametrize("config", [NEAREST8, DEFAULT4], ids=name)
+@pytest.mark.parametrize("config", [DEFAULT8, NEAREST8, DEFAULT4], ids=name)
 def test_7_two_graphs_and_the_bits_of_eager(config):
     """A new learning rate every step, ragged shapes, a missing gradient: two graphs at most, and eager's bits."""
     from torch._dynamo.utils import counters
@@ -525,9 +526,27 @@ def test_v_is_rounded_stochastically_where_its_format_can():
     assert Moment(*OptimConfig(**DEFAULT8).formats()["m1"]).rounding == "nearest"
 
 
+def test_checkpoints_from_before_auto():
+    """Then m2round=nearest was the default: with fp32 moments it says nothing, with others it is kept."""
+    assert OptimConfig(m2round="nearest", m1round="nearest").formats() == OptimConfig().formats()
+    (params, opt), (_, opt2) = make(NEAREST8), make(DEFAULT8)
+    walk(params, opt, [0])
+    with pytest.raises(ValueError, match="nearest.*stochastic"):
+        opt2.load_state_dict(opt.state_dict())
+
+
+def test_v_below_its_smallest_code_becomes_it():
+    """Whatever the noise: v is never zero while its block is not."""
+    for moment in BOOKS:
+        if moment.fmt == "power" and moment.second:
+            x = torch.tensor([[0.0, 1e-9, 0.2, 0.7, 1.0]]).expand(99, -1)
+            assert (encode(x, ONE, moment, torch.linspace(1e-5, 1 - 1e-5, 99)[:, None]) == 0).all()
+
+
 BAD = [("weight_decay", dict(weight_decay=-1)), ("beta1", dict(beta1=1.0)), ("beta2", dict(beta2=-0.1)),
        ("m1bits", dict(m1bits=5)), ("m2bits", dict(m2bits=16)), ("m1fmt", dict(m1fmt="linear")),
        ("m2gran", dict(m1bits=8, m2gran="per_tensor")), ("m2round", dict(m2round="stochastic")),
+       ("m1fmt", dict(m1fmt="nearest")),
        ("m1round", dict(m1bits=8, m1fmt="dynamic", m1round="stochastic")),
        ("m2round", {**DYNAMIC8, "m2round": "stochastic"}), ("m1gran", {**DEFAULT8, "m1gran": "per_tensor"}),
        ("mblock", dict(mblock=64)), ("mblock", {**M1, "mblock": 63}), ("mblock", {**M1, "mblock": 0}),
