@@ -577,6 +577,7 @@ def load_config() -> tuple[TrainConfig, dict | None]:
     for name, value in flatten(config).items():
         began = checkpoint["config"].get(name, value)  # a flag that is younger than the checkpoint
         if name not in FREE_ON_RESUME and value != began:
+            began = "auto" if began is None else began
             raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
                              "and would make it another run; choose another --out_dir")
     if checkpoint["step"] >= config.max_iters:
