@@ -29,8 +29,8 @@ wanted curves && for preset in E0 w8a8 int8 int8-all; do
 done
 
 # Moments: 1.3M parameters, 27M tokens (20 per parameter), 3 seeds, two beta2; eight runs at a time.
-export JOBS=8 LIMIT=560 FORMATS="E0 S1 S2 S3 S4 S6 S6-per_tensor dynamic adam8 adam4"
-wanted moments && part moments 590 bash results/moments.sh "$out/runs/moments" --n_embd=160 --batch_size=64 --max_iters=3300 \
+export JOBS=8 FORMATS="E0 S1 S2 S3 S4 S6 S6-per_tensor dynamic adam8 adam4"
+wanted moments && part moments 560 bash results/moments.sh "$out/runs/moments" --n_embd=160 --batch_size=64 --max_iters=3300 \
   --warmup_iters=200 --eval_interval=1100 --dtype=float32
 find "$out" -name '*.pt' -delete
 grep -h val_loss "$out"/runs/curve-*/log.jsonl | tail -n 3

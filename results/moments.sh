@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Trains with every format of Adam's moments and prints the validation losses: formats x beta2 x seeds.
 #     bash results/moments.sh OUT [FLAG ...]      the flags (without blanks) go to every run: --n_embd=144 --max_iters=20800
-# JOBS at a time (2), SEEDS, BETA2 and FORMATS choose rows, LIMIT seconds end it (0: no limit). Called again it goes on:
-# what has finished is left alone, what was interrupted is resumed, both whatever the flags. OMP_NUM_THREADS=1 for JOBS=2 on 2 cores.
+# JOBS at a time (2), SEEDS, BETA2 and FORMATS choose rows. Stopped (Ctrl-C, or `timeout 9000 bash ...`) it prints what is done;
+# called again it goes on: what has finished is left alone, what was interrupted is resumed, both whatever the flags.
+# OMP_NUM_THREADS=1 for JOBS=2 on 2 cores.
 set -u
+trap : INT TERM
 cd "$(dirname "$0")/.."
 export OUT=${1:?usage: bash results/moments.sh OUT [FLAG ...]} PYTHON=${PYTHON:-python}
 shift
@@ -28,7 +30,7 @@ export -f one
 for seed in ${SEEDS:-1 2 3}; do for beta2 in ${BETA2:-0.999 0.95}; do
   for format in ${FORMATS:-E0 S6 adam8 adam4 dynamic adam8-nearest adam4-nearest S4 S2 S1 S3 S6-per_tensor}; do
     echo "$format $beta2 $seed"
-  done; done; done | timeout "${LIMIT:-0}" xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one
+  done; done; done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one
 
 "$PYTHON" - <<'EOF'
 import collections, os, pathlib, statistics
