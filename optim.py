@@ -196,29 +196,30 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
         noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
             decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
-            the smallest code of power's v there is none: such an x always becomes that code.) None: to the nearest.
+            the smallest code of power's v there is none: such an x always becomes that code.) At least 2^-14, more
+            than x / scale may exceed the largest level by, so that nothing is rounded up past it. None: to the nearest.
 
-    The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k (to the
-    even code of an 8-bit power v); in dynamic away from zero.
+    The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k; in dynamic away from zero.
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
     first, last = first_last(moment)
-    zero = 0 if moment.second else 2 ** (moment.bits - 1) - 1  # a code is a rank: that of m = 0 is 127, or 7
-    scaled = x.abs() * _keep(1 / scale)
+    scaled = (x if moment.second else x.abs()) * _keep(1 / scale)
     if moment.fmt == "dynamic":
         k = nearest_dynamic(scaled, moment)
         if not moment.second:
             k = torch.minimum(k, torch.where(x < 0, last - 1.0, float(last)))  # the book has no -1
     elif noise is not None:  # up from k^2 + noise (2k + 1), which is (k + noise)^2 + noise (1 - noise)
         k = root(torch.relu(scaled - noise * (1 - noise))) if is_square(moment) else scaled
-        k = (k - noise).ceil().clamp(first, last)
+        k = (k - noise).ceil()
     elif moment.second and is_square(moment):
-        k = torch.relu(root(x) * _keep(root(1 / scale)) - first).round() + first  # the step needs root(x) anyway
+        k = (root(x) * _keep(root(1 / scale))).round()  # the step needs root(x) anyway
     elif is_square(moment):
         k = root(torch.relu(scaled - 0.25)).round()  # k^2 + k + 1/2, the middle, -> k + 1/2
     else:
-        k = scaled.round().clamp(min=first)
-    return ((k - first if moment.second else torch.where(x < 0, -k, k)) + zero).to(torch.uint8)
+        k = scaled.round()
+    # A code is a rank: that of m = 0 is 127, or 7. By way of int32: compiled code would clamp a float once more.
+    code = torch.relu(k - first) if moment.second else torch.where(x < 0, -k, k) + (2 ** (moment.bits - 1) - 1)
+    return code.to(torch.int32).to(torch.uint8)
 
 
 def new_scale(parts: list[Tensor], moment: Moment) -> Tensor:
@@ -255,14 +256,14 @@ def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     The elements of a row, both halves of it, share theirs. Each is still its value on average, only the errors within a
     row are no longer independent; and the hash costs next to nothing.
     A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
-    and in compiled code. It is murmur3's finalizer; the two numbers are its upper and lower 16 bits.
+    and in compiled code. It is murmur3's finalizer; the two numbers are 13 bits each of its halves.
     """
     row = torch.arange(n, dtype=torch.int32, device=key.device)[:, None] + key[1]
     h = row * -1640531535 + key[0]
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     h = h ^ ((h >> 16) & 0xFFFF)
-    return _keep(((h & 0xFFFF).float() + 0.5) / 65536), _keep((((h >> 16) & 0xFFFF).float() + 0.5) / 65536)
+    return tuple(_keep(((bits & 0x1FFF).float() + 0.5) / 2**13) for bits in (h, h >> 16))
 
 
 # -----------------------------------------------------------------------------
