@@ -196,10 +196,9 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
         noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
             decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
-            the smallest code of power's v there is none: such an x always becomes that code.) At least 2^-14, more
-            than x / scale may exceed the largest level by, so that nothing is rounded up past it. None: to the nearest.
+            the smallest code of power's v there is none: such an x always becomes that code.) 2^-14 below 1 at most:
+            x / scale may be an ulp above the largest level. None is 1/2: to the nearest, ties away from zero.
 
-    The nearest value; of an 8-bit power v, the nearest root. Ties go to the even k; in dynamic away from zero.
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
     first, last = first_last(moment)
@@ -208,17 +207,13 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         k = nearest_dynamic(scaled, moment)
         if not moment.second:
             k = torch.minimum(k, torch.where(x < 0, last - 1.0, float(last)))  # the book has no -1
-    elif noise is not None:  # up from k^2 + noise (2k + 1), which is (k + noise)^2 + noise (1 - noise)
-        k = root(torch.relu(scaled - noise * (1 - noise))) if is_square(moment) else scaled
-        k = (k - noise).ceil()
-    elif moment.second and is_square(moment):
-        k = (root(x) * _keep(root(1 / scale))).round()  # the step needs root(x) anyway
-    elif is_square(moment):
-        k = root(torch.relu(scaled - 0.25)).round()  # k^2 + k + 1/2, the middle, -> k + 1/2
     else:
-        k = scaled.round()
-    # A code is a rank: that of m = 0 is 127, or 7. By way of int32: compiled code would clamp a float once more.
-    code = torch.relu(k - first) if moment.second else torch.where(x < 0, -k, k) + (2 ** (moment.bits - 1) - 1)
+        noise, product = (0.5, 0.25) if noise is None else (noise, _keep(noise * (1 - noise)))
+        # k, and k + 1 from k^2 + (1 - noise) (2k + 1) on, which is (k + 1 - noise)^2 + noise (1 - noise)
+        k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
+    # A code is a rank: that of m = 0 is 127, or 7. The conversion rounds v down; straight to uint8 it would clamp too.
+    k = torch.relu(k - first) if moment.second else k.floor()
+    code = k if moment.second else torch.where(x < 0, -k, k) + (2 ** (moment.bits - 1) - 1)
     return code.to(torch.int32).to(torch.uint8)
 
 
