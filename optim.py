@@ -201,20 +201,18 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
 
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
-    first, last = first_last(moment)
+    first, _ = first_last(moment)
     scaled = (x if moment.second else x.abs()) * _keep(1 / scale)
     if moment.fmt == "dynamic":
         k = nearest_dynamic(scaled, moment)
-        if not moment.second:
-            k = torch.minimum(k, torch.where(x < 0, last - 1.0, float(last)))  # the book has no -1
     else:
         noise, product = (0.5, 0.25) if noise is None else (noise, _keep(noise * (1 - noise)))
         # k, and k + 1 from k^2 + (1 - noise) (2k + 1) on, which is (k + 1 - noise)^2 + noise (1 - noise)
         k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
-    # A code is a rank: that of m = 0 is 127, or 7. The conversion rounds v down; straight to uint8 it would clamp too.
-    k = torch.relu(k - first) if moment.second else k.floor()
-    code = k if moment.second else torch.where(x < 0, -k, k) + (2 ** (moment.bits - 1) - 1)
-    return code.to(torch.int32).to(torch.uint8)
+    # A code is a rank: that of m = 0 is 127, or 7. relu lifts a v below its smallest code, and -1, which dynamic lacks.
+    # The conversion rounds v down; compiled, one straight to uint8 would clamp once more.
+    k = k - first if moment.second else torch.where(x < 0, -k.floor(), k.floor()) + (2 ** (moment.bits - 1) - 1)
+    return torch.relu(k).to(torch.int32).to(torch.uint8)
 
 
 def new_scale(parts: list[Tensor], moment: Moment) -> Tensor:
