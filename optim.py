@@ -211,7 +211,7 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
     # A code is a rank: that of m = 0 is 127, or 7. relu lifts a v below its smallest code, and -1, which dynamic lacks.
     # The conversion rounds v down; compiled, one straight to uint8 would clamp once more.
-    k = k - first if moment.second else torch.where(x < 0, -k.floor(), k.floor()) + (2 ** (moment.bits - 1) - 1)
+    k = k - first if moment.second else torch.where(x < 0, -1.0, 1.0) * k.floor() + (2 ** (moment.bits - 1) - 1)
     return torch.relu(k).to(torch.int32).to(torch.uint8)
 
 
