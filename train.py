@@ -522,13 +522,11 @@ class Run:
                     since, steps = time.perf_counter(), 0
             if self.step % config.log_interval == 0:
                 speed = steps * self.tokens_per_step / (time.perf_counter() - since)
-                flops = self.raw.flops_per_token() * speed
-                peak = max(peak, flops)  # one that was measured while others used the machine is too low
                 if self.step > first + 1:
                     self.speeds.append(speed)
                 log.training({"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss,
                               "lr": learning_rate(self.step - 1, config), "grad_norm": norm, "tokens_per_s": speed,
-                              "mfu": flops / peak},
+                              "mfu": self.raw.flops_per_token() * speed / peak},
                              (config.max_iters - self.step) * self.tokens_per_step / speed)
                 since, steps = time.perf_counter(), 0
             if stopping and self.step < config.max_iters:

@@ -171,13 +171,6 @@ def test_compiled_run_follows_eager(run, tmp_path):
     torch.compiler.reset()
 
 
-def test_mfu_is_at_most_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda *_: 1.0)  # measured on a machine that was busy
-    run(tmp_path / "a")
-    mfu = [line["mfu"] for line in map(json.loads, open(tmp_path / "a" / "log.jsonl")) if "mfu" in line]
-    assert mfu and max(mfu) == 1
-
-
 def test_no_compiler_is_said_aloud(run, tmp_path, monkeypatch):
     """Without a C++ compiler the run is eager, and says so."""
     monkeypatch.setattr(train, "can_compile", lambda: False)
