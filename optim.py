@@ -196,23 +196,24 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
         noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
             decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
-            the smallest code of power's v there is none: such an x always becomes that code.) 2^-14 below 1 at most:
-            x / scale may be an ulp above the largest level. None is 1/2: to the nearest, ties away from zero.
+            the smallest code of power's v there is none: such an x always becomes that code.) None is 1/2: to the
+            nearest, ties away from zero.
 
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
-    first, _ = first_last(moment)
+    first, last = first_last(moment)
+    zero = -first if moment.second else 2 ** (moment.bits - 1) - 1  # a code is a rank: that of m = 0 is 127, or 7
     scaled = (x if moment.second else x.abs()) * _keep(1 / scale)
     if moment.fmt == "dynamic":
         k = nearest_dynamic(scaled, moment)
     else:
         noise, product = (0.5, 0.25) if noise is None else (noise, _keep(noise * (1 - noise)))
-        # k, and k + 1 from k^2 + (1 - noise) (2k + 1) on, which is (k + 1 - noise)^2 + noise (1 - noise)
+        # Rounded down below. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on: (k + 1 - noise)^2 + product.
         k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
-    # A code is a rank: that of m = 0 is 127, or 7. relu lifts a v below its smallest code, and -1, which dynamic lacks.
-    # The conversion rounds v down; compiled, one straight to uint8 would clamp once more.
-    k = k - first if moment.second else torch.where(x < 0, -1.0, 1.0) * k.floor() + (2 ** (moment.bits - 1) - 1)
-    return torch.relu(k).to(torch.int32).to(torch.uint8)
+    k = (k if moment.second else torch.where(x < 0, -1.0, 1.0) * k.floor()) + zero
+    # The conversion rounds v down. The clamp is for a v below its smallest code, -1 in dynamic, which has none, and
+    # a largest level come out an ulp too large. (Compiled, a conversion straight to uint8 would clamp once more.)
+    return k.to(torch.int32).clamp(0, last + zero).to(torch.uint8)
 
 
 def new_scale(parts: list[Tensor], moment: Moment) -> Tensor:
@@ -249,14 +250,14 @@ def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     The elements of a row, both halves of it, share theirs. Each is still its value on average, only the errors within a
     row are no longer independent; and the hash costs next to nothing.
     A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
-    and in compiled code. It is murmur3's finalizer; the two numbers are 13 bits each of its halves.
+    and in compiled code. It is murmur3's finalizer; either half gives 15 bits: k + noise is then exact for k below 256.
     """
     row = torch.arange(n, dtype=torch.int32, device=key.device)[:, None] + key[1]
     h = row * -1640531535 + key[0]
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     h = h ^ ((h >> 16) & 0xFFFF)
-    return tuple(_keep(((bits & 0x1FFF).float() + 0.5) / 2**13) for bits in (h, h >> 16))
+    return tuple(_keep(((bits & 0x7FFF).float() + 0.5) / 2**15) for bits in (h, h >> 16))
 
 
 # -----------------------------------------------------------------------------

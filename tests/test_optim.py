@@ -127,7 +127,7 @@ def test_code_books_are_the_documented_ones_and_every_code_survives(moment):
     for scale in (ONE, ONE * 3e-9, ONE * 7e4, ONE * 1.1e-30):
         x = decode(codes, scale, moment)
         assert torch.equal(encode(x, scale, moment), codes)
-        for noise in (0.001, 0.5, 0.999):
+        for noise in (0.001, 0.5, 0.999, *((2.0**-16, 1 - 2.0**-16) if scale is ONE else ())):
             assert torch.equal(encode(x, scale, moment, torch.tensor([[noise]])), codes)
 
 
@@ -175,7 +175,7 @@ def test_stored_moment_is_close(moment, gran, magnitude, seed, shape, outlier):
 
 @pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
 def test_stochastic_rounding_is_unbiased(moment):
-    """To the code below or above, and the mean of many is the number: 5 sigma, and noise of 13 bits."""
+    """To the code below or above, and the mean of many is the number: 5 sigma, and noise of 15 bits."""
     n = 2**16
     x = torch.cat([torch.tensor([0.999, 0.31, 0.117, 0.063]) * book(moment)[-1].float(), torch.tensor([1.3, 2.9])])
     x = (x if moment.second else torch.cat([x, torch.tensor([0.02, 0.3, 0.9])]))
@@ -185,15 +185,15 @@ def test_stochastic_rounding_is_unbiased(moment):
     up = (book(moment) > x[0, :, None].double()).int().argmax(1)
     for i, column in enumerate(y.T):
         torch.testing.assert_close(column.unique(), book(moment)[up[i] - 1:up[i] + 1], rtol=1e-6, atol=0)
-    assert ((y.mean(0) - x[0].double()).abs() <= 5 * y.std(0) / n**0.5 + (y.amax(0) - y.amin(0)) * 2.0**-14).all()
+    assert ((y.mean(0) - x[0].double()).abs() <= 5 * y.std(0) / n**0.5 + (y.amax(0) - y.amin(0)) * 2.0**-16).all()
 
 
 @pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
 def test_the_largest_is_never_rounded_up_past_its_code(moment):
-    """Even where it is an ulp or two above its level, with the largest noise there is. (A code of 256 would be 0.)"""
+    """Even where it is an ulp or two above its level, with the largest noise there is. (Code 256 would be 0.)"""
     x = 10 ** (torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0)) * 60 - 28)
     x = torch.cat([x, (1 + torch.arange(100_000) * 2.0**-22)[:, None]])
-    codes = encode(x, new_scale([x], moment), moment, torch.tensor([[1 - 2.0**-14]]))
+    codes = encode(x, new_scale([x], moment), moment, torch.tensor([[1 - 2.0**-16]]))
     assert (codes == len(book(moment)) - 1).all()
 
 
@@ -203,8 +203,7 @@ def test_noise_is_uniform_and_depends_on_seed_and_row_only():
     a, b = hash_noise(key[0], 256000)
     other, _ = hash_noise(key[1], 256000)
     for u in (a, b, other):
-        assert 0 < u.min() and u.max() <= 1 - 2.0**-14
-        assert (torch.histc(u, 64, 0, 1) - 4000).abs().max() < 5.5 * 4000**0.5
+        assert 0 < u.min() and u.max() < 1 and (torch.histc(u, 64, 0, 1) - 4000).abs().max() < 5.5 * 4000**0.5
     columns = torch.stack([u.flatten() for u in (a, b, a.flatten().roll(1), a.flatten().roll(256), other)])
     assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 5 / 256000**0.5
     for u, whole in zip(hash_noise(key[2], 600), (a, b), strict=True):
@@ -436,7 +435,7 @@ class TinyGPT(nn.Module):
         self.lm_head.weight = self.wte.weight
 
 
-@pytest.mark.parametrize("config", [DEFAULT8, NEAREST8, DEFAULT4], ids=name)
+@pytest.mark.parametrize("config", [DEFAULT8, NEAREST8, DEFAULT4, DYNAMIC8], ids=name)
 def test_7_two_graphs_and_the_bits_of_eager(config):
     """A new learning rate every step, ragged shapes, a missing gradient: two graphs at most, and eager's bits."""
     from torch._dynamo.utils import counters
