@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What has to be measured on a GPU, in under 30 minutes on an H100: tests, benches, curves, the matrix of moments.
 #     bash results/gpu.sh OUT [PART ...]     writes OUT/*.txt and OUT/runs/**/log.jsonl; PYTHON names another interpreter
-# Parts: tests optimizer gemm step curves moments; all without one. The time limits add up to 28 minutes; a part fails alone.
+# Parts: tests optimizer gemm step curves moments; all without one. The time limits add up to 27 minutes; a part fails alone.
 # Written before a GPU was at hand: run on a CPU only in pieces.
 set -u
 cd "$(dirname "$0")/.."

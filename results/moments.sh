@@ -5,7 +5,7 @@
 # called again it goes on: what has finished is left alone, what was interrupted is resumed, both whatever the flags.
 # OMP_NUM_THREADS=1 for JOBS=2 on 2 cores.
 set -u
-trap : INT TERM
+trap : INT TERM  # to all of its processes, as a terminal and timeout do; killed alone, it waits for them
 cd "$(dirname "$0")/.."
 export OUT=${1:?usage: bash results/moments.sh OUT [FLAG ...]} PYTHON=${PYTHON:-python}
 shift
@@ -30,7 +30,8 @@ export -f one
 for seed in ${SEEDS:-1 2 3}; do for beta2 in ${BETA2:-0.999 0.95}; do
   for format in ${FORMATS:-E0 S6 adam8 adam4 dynamic adam8-nearest adam4-nearest S4 S2 S1 S3 S6-per_tensor}; do
     echo "$format $beta2 $seed"
-  done; done; done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one
+  # cat ends when the last run has: each has the pipe as fd 3, also one that is still saving when xargs is gone
+  done; done; done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one 3>&1 | (trap '' INT TERM; cat)
 
 "$PYTHON" - <<'EOF'
 import collections, os, pathlib, statistics
