@@ -211,8 +211,9 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         # Rounded down below. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on: (k + 1 - noise)^2 + product.
         k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
     k = (k if moment.second else torch.where(x < 0, -1.0, 1.0) * k.floor()) + zero
-    # The conversion rounds v down. The clamp is for a v below its smallest code, -1 in dynamic, which has none, and
-    # a largest level come out an ulp too large. (Compiled, a conversion straight to uint8 would clamp once more.)
+    # The conversion drops v's fraction; what lies below its smallest code, in (-1, 0), becomes 0. The clamp is for -1
+    # in dynamic, which has no code, and for a largest level come out an ulp too large. (By way of int32: straight from
+    # the float, compiled code would clamp once more.)
     return k.to(torch.int32).clamp(0, last + zero).to(torch.uint8)
 
 
