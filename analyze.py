@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 
-from config import build, one_line_errors, parse
 from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale, param_groups
+from support.config import build, one_line_errors, parse
 from train import SIZES, Batches, Processes, TrainConfig, get_data, learning_rate, make_model, resolve
 
 # name: what the flags --m1bits, --m1fmt, ... would say

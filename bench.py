@@ -43,12 +43,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 
-from config import build, one_line_errors, parse
 from eval import choose_device
 from int8 import int8_gemm
 from model import GPT, GPTConfig, quant_linears
 from optim import AdamW, OptimConfig, param_groups
 from quant import QuantConfig, Quantizer, QuantLinear, gemm
+from support.config import build, one_line_errors, parse
 from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, keep_freed_memory, make_optimizer, peak_flops
 
 MIB = 2**20

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import one_line_errors, parse
 from model import GPT, load_checkpoint, model_from, own
 from prepare_data import DataConfig, get_tokenizer, open_dataset
 from quant import QuantConfig, Quantizer, QuantLinear
+from support.config import one_line_errors, parse
 
 
 @dataclass

@@ -27,7 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import build, one_line_errors, parse
 from int8 import int8_gemm
 from quant import (
     QuantConfig,
@@ -40,6 +39,7 @@ from quant import (
     make_recipe,
     round_operand,
 )
+from support.config import build, one_line_errors, parse
 
 MAX_LOGITS = 2**27  # elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks
 

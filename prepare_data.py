@@ -64,7 +64,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import one_line_errors, parse
+from support.config import one_line_errors, parse
 
 FORMAT = 1  # of meta.json and the shards; other versions are refused
 SPLITS = ("train", "val")

@@ -36,9 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from config import differences, flatten, one_line_errors, parse
 from eval import bits_per_byte, choose_device, evaluate, sample, unigram_entropy, val_windows
-from log import Log, evaluations
 from model import (
     GPT,
     GPTConfig,
@@ -52,6 +50,8 @@ from model import (
 from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig, QuantLinear, round_weights
+from support.config import differences, flatten, one_line_errors, parse
+from support.log import Log, evaluations
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from config import build, differences, flatten, one_line_errors, parse
+from support.config import build, differences, flatten, one_line_errors, parse
 
 
 @dataclass

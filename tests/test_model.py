@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
-from config import flatten
 from model import (
     GPT,
     GPTConfig,
@@ -37,6 +36,7 @@ from model import (
     save_checkpoint,
 )
 from quant import QuantConfig, Quantizer, QuantLinear, Recipe, restore
+from support.config import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 W8A8 = dict(wbits=8, abits=8)

@@ -25,8 +25,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from config import one_line_errors
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
+from support.config import one_line_errors
 
 SCRIPT = Path(prepare_data.__file__)
 SEPARATOR = "\n<|endoftext|>\n"

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import train
-from config import build, flatten
 from model import load_checkpoint, save_checkpoint
 from prepare_data import DataConfig, PrepareConfig, prepare
+from support.config import build, flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--preset=tiny", "--dataset=text", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32",

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import flatten
+from support.config import flatten
 
 
 def _optional(name: str):

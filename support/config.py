@@ -38,13 +38,27 @@ def _nested(cls: type) -> dict[str, type]:
 
 
 def _owners(cls: type) -> dict[str, type]:
-    """Map every flat flag name to the dataclass that owns it; a name may be used once."""
-    owners = {f.name: cls for f in fields(cls) if f.name not in _nested(cls)}
+    """Map every flat flag name to the dataclass that declares it (perhaps a base class); a name may be used once."""
+    owners = {f.name: next(c for c in cls.__mro__ if f.name in c.__dict__.get("__annotations__", ()))
+              for f in fields(cls) if f.name not in _nested(cls)}
     for sub in _nested(cls).values():
         for name, owner in _owners(sub).items():
             assert name not in owners, f"flag --{name} is defined by {owner.__name__} and {owners[name].__name__}"
             owners[name] = owner
     return owners
+
+
+def refuse_idle(config: typing.Any, **needs: tuple[bool, str]) -> None:
+    """Refuse flags that differ from their defaults but cannot take effect: a typo would otherwise look like a result.
+
+    Args: needs: for each flag, whether it takes effect, and the words that say when it does not:
+        refuse_idle(self, wgran=(self.wbits < 32, "without --wbits below 32"))
+    Raises: ValueError that names the first such flag.
+    """
+    for name, (active, reason) in needs.items():
+        value = getattr(config, name)
+        if not active and value != type(config).__dataclass_fields__[name].default:
+            raise ValueError(f"--{name}={value} has no effect {reason}; drop it or add that")
 
 
 def build(cls: type, values: dict) -> typing.Any:
@@ -72,7 +86,7 @@ def flatten(config: typing.Any) -> dict:
 
 def differences(config: typing.Any) -> dict:
     """Return the flat values of `config` that differ from the defaults of its class."""
-    defaults = {f.name: f.default for owner in set(_owners(type(config)).values()) for f in fields(owner)}
+    defaults = flatten(type(config)())
     return {k: v for k, v in flatten(config).items() if v != defaults[k]}
 
 
@@ -134,7 +148,7 @@ def _parser(cls: type, presets: dict[str, dict], doc: str) -> argparse.ArgumentP
         group = parser.add_argument_group(f"{file}: {inspect.getdoc(owner).rstrip('.')}")
         hints, helps = typing.get_type_hints(owner), _helps(owner)
         for f in fields(owner):
-            if f.name in _nested(owner):
+            if _owners(cls).get(f.name) is not owner:  # a nested config, or a flag of a base class
                 continue
             default = "auto" if f.default is None else f.default
             text = f"{helps.get(f.name, '')} [{default}]".replace("%", "%%")
