@@ -1,7 +1,11 @@
-"""Diagnostics of what quantization does, as a picture and as a table.
+"""Diagnostics of what quantization does, as pictures (pip install matplotlib) and as tables.
 
-    python analyze.py --what=codebooks --out=results/codebooks.png     # needs: pip install matplotlib
+    python analyze.py --what=curves --runs=out,out-fp32                 # a table; with --out=curves.png a picture too
     python analyze.py --what=update_error --beta2=0.999                 # a few minutes on a CPU
+    python analyze.py --what=codebooks --out=results/codebooks.png
+
+curves: the validation losses of several runs by step, and how far each is from the last one named. Where the runs have
+different data, and so perhaps different tokens, bits per byte instead of nats per token.
 
 codebooks: every format of optim.py, the value of a moment (in units of its block's largest) against the relative error
 it comes back with. Both axes are logarithmic; a format is as good as its curve is low, as far to the left as it is.
@@ -13,14 +17,21 @@ and for the embeddings, and the largest |u| anywhere. AdamW's own steps rarely e
 a thousand learning rates.
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+import extensions
+from model import GPT
 from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale, param_groups
-from support.config import build, one_line_errors, parse
-from train import SIZES, Batches, Processes, TrainConfig, get_data, learning_rate, make_model, resolve
+from support.config import build, flatten, one_line_errors, parse, refuse_idle
+from support.device import Processes, resolve
+from support.log import read_log
+from support.presets import SIZES
+from train import Batches, TrainConfig, get_data, learning_rate
 
 # name: what the flags --m1bits, --m1fmt, ... would say
 FORMATS = {
@@ -49,8 +60,9 @@ FORMATS = {
 @dataclass
 class AnalyzeConfig:
     """What to look at."""
-    what: Literal["codebooks", "update_error"] = "update_error"  # the picture, or the table
-    out: str = "codebooks.png"  # file of the picture
+    what: Literal["curves", "update_error", "codebooks"] = "curves"  # which diagnostic
+    runs: str = "out"  # out_dirs of the runs whose curves are shown, separated by commas
+    out: str = ""  # file of the picture
     steps: int = 200  # optimizer steps of the fp32 run; the second half is counted
     beta2: float = 0.95  # of the second moment
     data_dir: str = "data"  # where the token shards of stdlib are, or are made
@@ -59,20 +71,62 @@ class AnalyzeConfig:
     def __post_init__(self):
         if self.steps < 2:
             raise ValueError(f"--steps={self.steps} must be at least 2")
-        idle = ("out",) if self.what == "update_error" else ("steps", "beta2", "data_dir", "seed")
-        for name in idle:
-            if getattr(self, name) != getattr(AnalyzeConfig, name):
-                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --what={self.what}; drop it")
+        idle = {"update_error": ("out", "runs"), "codebooks": ("runs", "steps", "beta2", "data_dir", "seed"),
+                "curves": ("steps", "beta2", "data_dir", "seed")}[self.what]
+        refuse_idle(self, **{name: (False, f"with --what={self.what}") for name in idle})
+        if self.what == "codebooks" and not self.out:
+            raise ValueError("--what=codebooks draws a picture; name its file: --out=codebooks.png")
+
+
+def _pyplot():
+    """Import the optional dependency, or say how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures are drawn with matplotlib; run: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def curves(config: AnalyzeConfig) -> None:
+    """Print the validation losses of several runs, and draw them if --out names a file."""
+    names = list(dict.fromkeys(config.runs.split(",")))
+    logs = [read_log(Path(name, "log.jsonl")) for name in names]
+    data = {line["config"]["dataset"] for log in logs for line in log if "config" in line}
+    key, unit = ("val_loss", "nats per token") if len(data) == 1 else ("val_bpb", "bits per byte")
+    runs = [{line["step"]: line for line in log if key in line} for log in logs]
+    print(f"{key}, {unit}; in brackets the difference to {names[-1]}\n")
+    print("| step | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    for step in sorted(set().union(*runs)):
+        *others, last = [run[step][key] if step in run else math.nan for run in runs]
+        cells = [*(f"{value:.4f} ({value - last:+.4f})" for value in others), f"{last:.4f}"]
+        print(f"| {step} | " + " | ".join(cells).replace("nan (+nan)", "").replace("(+nan)", "") + " |")
+    if not config.out:
+        return
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    for name, run in zip(names, runs, strict=True):
+        for panel in panels:
+            panel.plot([line["tokens"] for line in run.values()], [line[key] for line in run.values()], "o-", ms=3,
+                       label=name)
+    # The right panel is a zoom: the last third of the tokens, and the values that the runs have there.
+    tokens = max(line["tokens"] for run in runs for line in run.values())
+    late = [line[key] for run in runs for line in run.values() if line["tokens"] >= tokens * 2 / 3]
+    margin = 0.1 * (max(late) - min(late)) or 0.01
+    panels[1].set(xlim=(tokens * 0.66, tokens * 1.01), ylim=(min(late) - margin, max(late) + margin), title="the end")
+    for panel in panels:
+        panel.set(xlabel="tokens", ylabel=f"validation loss, {unit}")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.tight_layout()
+    figure.savefig(config.out, dpi=120)
+    print(f"wrote {config.out}")
 
 
 def codebooks(path: str) -> None:
     """Draw the largest relative error of each format over the values from 1e-8 to 1 of a block's largest one."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--what=codebooks draws with matplotlib; run: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
     x = torch.logspace(-8, 0, 200_001, dtype=torch.float64).float()[None]  # one block, its largest value is 1
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for second, panel in enumerate(panels):
@@ -103,7 +157,8 @@ def update_error(config: AnalyzeConfig) -> None:
     processes = Processes("cpu")
     resolve(train, processes)
     tokens, _, meta = get_data(train, processes)
-    model = make_model(train, meta["vocab_size"], None)
+    torch.manual_seed(train.seed)
+    model = GPT(train.model, meta["vocab_size"], extensions.linears(flatten(train)))
     batches = Batches(tokens, train, processes)
     matrices = [(n, p) for n, p in model.named_parameters() if p.dim() >= 2]
     runs = {"fp32": {}, **FORMATS}
@@ -147,7 +202,7 @@ def main() -> None:
     """Draw or print."""
     config = parse(AnalyzeConfig, doc=__doc__)
     with one_line_errors():
-        codebooks(config.out) if config.what == "codebooks" else update_error(config)
+        {"curves": curves, "update_error": update_error, "codebooks": lambda c: codebooks(c.out)}[config.what](config)
 
 
 if __name__ == "__main__":

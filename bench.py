@@ -31,7 +31,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -43,13 +43,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 
-from eval import choose_device
+import extensions
 from int8 import int8_gemm
-from model import GPT, GPTConfig, quant_linears
+from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
-from quant import QuantConfig, Quantizer, QuantLinear, gemm
-from support.config import build, one_line_errors, parse
-from train import PRESETS, SIZES, TrainConfig, fast_bfloat16, keep_freed_memory, make_optimizer, peak_flops
+from quant import Quantizer, QuantLinear, gemm
+from support.config import build, flatten, one_line_errors, parse, refuse_idle
+from support.device import choose_device, fast_bfloat16, keep_freed_memory, peak_flops
+from support.presets import PRESETS, SIZES
+from train import TrainConfig
 
 MIB = 2**20
 
@@ -73,10 +75,9 @@ class BenchConfig:
         idle = {"step": ("peers",), "optimizer": ("variants", "batch_size", "dtype"),
                 "memory": ("rounds", "compile", "peers"),
                 "gemm": ("variants", "vocab_size", "peers", "n_layer", "bias", "dropout")}
-        for name in idle[self.what]:
-            config = self.model if hasattr(self.model, name) else self
-            if getattr(config, name) != getattr(type(config), name):
-                raise ValueError(f"--{name}={getattr(config, name)} has no effect with --what={self.what}; drop it")
+        for config in (self, self.model):
+            refuse_idle(config, **{name: (False, f"with --what={self.what}") for name in idle[self.what]
+                                   if hasattr(config, name)})
         for name in ("keep8", "stable_embedding"):
             if getattr(self.model, name) != getattr(GPTConfig, name):
                 raise ValueError(f"--{name}={getattr(self.model, name)}: a variant says so itself, as in "
@@ -142,20 +143,20 @@ class Variant:
 
     def __init__(self, name: str, config: BenchConfig, device: str, compile: bool):
         flags = {k: v for preset in name.split("+") for k, v in PRESETS.get(preset, {}).items()}
-        train = build(TrainConfig, flags)
-        shape = replace(config.model, **{f.name: flags[f.name] for f in fields(GPTConfig) if f.name in flags})
-        linear = quant_linears(train.quant)
+        shape = flatten(config.model) | {f.name: flags[f.name] for f in fields(GPTConfig) if f.name in flags}
+        train = build(TrainConfig, {**flags, **shape})
+        linear = extensions.linears(flatten(train))
         if name == "plain":
             def linear(name, k, n, bias):
                 return nn.Linear(k, n, bias)
         self.config, self.device = config, device
         dtype = torch.float32 if name == "plain" else getattr(torch, config.dtype)
         with torch.device(device):  # not .to(): fake tensors cannot be moved
-            self.model = GPT(shape, config.vocab_size, linear, dtype)
+            self.model = GPT(train.model, config.vocab_size, linear, dtype)
         loss = self._plain_loss if name == "plain" else self.model
         self.loss = torch.compile(loss, dynamic=False) if compile else loss
-        self.optimizer = make_optimizer(self.model, replace(train, compile=compile))
-        self.tokens = torch.randint(config.vocab_size, (config.batch_size, shape.block_size + 1), device=device)
+        self.optimizer = AdamW(param_groups(self.model, train.optim), train.learning_rate, train.optim, compile=compile)
+        self.tokens = torch.randint(config.vocab_size, (config.batch_size, train.model.block_size + 1), device=device)
         self.adamw = []  # seconds of the optimizer in each step
 
     def _plain_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ def peers() -> dict[str, Callable]:
 def bench_optimizer(config: BenchConfig, device: str) -> tuple[str, list[dict]]:
     """Time AdamW under every format beside torch's fused AdamW; return title and rows."""
     others = peers() if config.peers else {}
-    model = GPT(config.model, config.vocab_size, quant_linears(QuantConfig())).to(device)
+    model = GPT(config.model, config.vocab_size, extensions.linears(flatten(config.model))).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3 * torch.exp(torch.randn_like(p))
     fused, rows = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), []

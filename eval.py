@@ -7,12 +7,13 @@ uncompiled model, so that what train.py logged and what this file prints are one
 
     python eval.py --ckpt=out                       # as trained
     python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
+    python eval.py --ckpt=out --export=out/hf       # no evaluation: for transformers' GPT2LMHeadModel.from_pretrained
 
 Bits per byte is the loss divided by ln 2 and by the bytes a token stands for: with it, tokenizers compare.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, load_checkpoint, model_from, own
+import extensions
+from model import GPT
 from prepare_data import DataConfig, get_tokenizer, open_dataset
-from quant import QuantConfig, Quantizer, QuantLinear
-from support.config import one_line_errors, parse
+from quant import QuantLinear
+from support.checkpoint import export_hf, load_checkpoint, model_from
+from support.config import one_line_errors, parse, refuse_idle
+from support.device import choose_device
 
 
 @dataclass
@@ -40,6 +44,7 @@ class EvalConfig:
     prompt: str = ""  # the sample continues this text; empty: a document begins
     sample_tokens: int = 300  # length of the sample
     seed: int = 0  # of the sample
+    export: str = ""  # write the weights to this folder in Hugging Face's GPT-2 layout, and do nothing else
 
     def __post_init__(self):
         for name in ("eval_tokens", "sample_tokens", "seed"):
@@ -47,19 +52,8 @@ class EvalConfig:
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
-
-
-def choose_device(device: str | None) -> str:
-    """Return "cuda" or "cpu": the one asked for, or the GPU if there is one; fp32 GEMMs on a GPU run in TF32.
-
-    Raises: ValueError if there is no GPU.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but this torch sees no GPU; use --device=cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return device
+        refuse_idle(self, **{f.name: (not self.export, "with --export") for f in fields(self)
+                             if f.name not in ("ckpt", "export")})
 
 
 # -----------------------------------------------------------------------------
@@ -83,10 +77,12 @@ def val_windows(tokens: np.ndarray, block_size: int, eval_tokens: int = 0) -> np
 
 
 def shares_scales(model: GPT) -> bool:
-    """Tell whether a quantizer gives several tokens one scale; a token's value then depends on its batch."""
-    recipes = (m.recipe for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
-    inputs = (r.output_input for r in recipes)
-    return any(isinstance(q, Quantizer) and q.tile[0] != 1 for q in inputs)
+    """Tell whether a quantizer gives several tokens one scale; a token's value then depends on its batch.
+
+    Scales of a Quantizer belong to tiles; of a foreign one that has none we know nothing, and take it for the worst.
+    """
+    inputs = (m.recipe.output_input for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
+    return any(q is not None and getattr(q, "tile", (None, None))[0] != 1 for q in inputs)
 
 
 @torch.no_grad()
@@ -138,18 +134,22 @@ def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 
 
 
 def main() -> None:
-    """Print validation loss and a sample of a checkpoint."""
+    """Print validation loss and a sample of a checkpoint, or export it."""
     config = parse(EvalConfig, doc=__doc__)
     with one_line_errors():
-        device = choose_device(config.device)
         checkpoint = load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]
+        if config.export:
+            export_hf(model_from(checkpoint, extensions.linears(flat)), Path(config.export))
+            return print(f"wrote {config.export}/model.safetensors and config.json")
+        device = choose_device(config.device)
         _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
             raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint {checkpoint['vocab_size']}; "
                              f"choose the --dataset it was trained on ({flat['dataset']})")
-        quant = own(QuantConfig, flat) if config.quantizers == "trained" else QuantConfig()
-        model = model_from(checkpoint, quant, getattr(torch, config.dtype or flat["dtype"])).to(device)
+        # Without quantizers: every flag of a recipe and of an extension at its default.
+        linear = extensions.linears(flat if config.quantizers == "trained" else {"n_layer": flat["n_layer"]})
+        model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"])).to(device)
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)
         loss = evaluate(model, windows, config.batch_size)

@@ -8,14 +8,20 @@
 int8 codes of forward; `--gbits=8 --ggran=per_row --ggemm=both` all three. The numbers are those of
 `--gemm=simulate` with the same flags, up to the rounding of the epilogue: there the products of codes are summed in
 floating point, exactly up to K = 1040 in fp32 (K 127^2 < 2^24), here in int32, exactly up to K = 133,000. Which of
-the two is faster is the device's business: README has measurements.
+the two is faster is the device's business: results/int8.md has measurements.
+
+The other half of the file is memory: `keep8` lets GELU and attention, which are no GEMMs of ours, keep their inputs for
+backward in int8 as the linear layers do.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from quant import Quantized, gemm, row_scale
+from quant import Quantized, Quantizer, gemm, restore, row_scale
 
 
 def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
@@ -43,3 +49,34 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
         x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
     y = torch._int_mm(x, w)[:rows]  # (R, S) int32
     return (y.float() * row_scale(a) * row_scale(b).T).to(dtype)
+
+
+# -----------------------------------------------------------------------------
+# what other layers keep for backward
+
+class _Keep8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f, block):
+        q = Quantizer(8, (1, block)).quantize(x.flatten(0, -2))
+        ctx.f, ctx.shape, ctx.dtype = f, x.shape, x.dtype
+        ctx.save_for_backward(q.codes, q.scale)
+        return f(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        codes, scale = ctx.saved_tensors
+        x = restore(Quantized(codes, scale, None)).view(ctx.shape).to(ctx.dtype)
+        return torch.func.vjp(ctx.f, x)[1](g)[0], None, None
+
+
+def keep8(f: Callable[[Tensor], Tensor], x: Tensor, block: int | None = None) -> Tensor:
+    """Return f(x), keeping for backward nothing but x in int8 codes, from which backward runs f again.
+
+    The output is exact, the gradient is that of f at the rounded x.
+
+    Args:
+        f: deterministic, a pure function of x.  x: (..., C).  block: elements of a row that share a scale; None: C.
+    Source: the idea of Chen et al. 2021, arXiv 2104.14129 (ActNN), with the quantizer of quant.py.
+    """
+    return _Keep8.apply(x, f, block) if torch.is_grad_enabled() else f(x)

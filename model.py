@@ -1,25 +1,20 @@
-"""GPT-2, small to XL, with its own names, and the files it is kept in.
+"""GPT-2, small to XL, with its own names.
 
 The model takes its linear layer as an argument: `linear(name, in_features, out_features, bias)` is called for the four
-linears of each block and for lm_head, and returns any module of that shape. `quant_linears(config)` makes the quantized
-ones; lm_head shares its weight with the embedding under every recipe.
+linears of each block and for lm_head, and returns any module of that shape. `quant_linears(config, n_layer)` makes the
+quantized ones; lm_head shares its weight with the embedding under every recipe.
 
 Parameters are fp32; activations run in `model.dtype`, and each layer casts its own parameters. No autocast: a custom
 autograd function should see the dtypes that are written down.
-
-    python model.py --ckpt=out/ckpt.pt --export=out/hf     # Hugging Face's GPT-2 layout: config.json, model.safetensors
 
 Sources: Radford et al. 2019 (GPT-2); the layout and the initialisation follow the released model, and nanoGPT.
 Legend: B batch, T time, C channels (n_embd), V vocabulary (padded), M = B T tokens.
 """
 
-import json
 import math
-import os
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,19 +22,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8 import int8_gemm
+from int8 import int8_gemm, keep8
 from quant import (
+    Operand,
     QuantConfig,
     Quantized,
     QuantLinear,
     Recipe,
     gemm,
-    keep8,
     linear_backward,
     make_recipe,
     round_operand,
 )
-from support.config import build, one_line_errors, parse
 
 MAX_LOGITS = 2**27  # elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks
 
@@ -55,6 +49,8 @@ class GPTConfig:
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2
     stable_embedding: bool = False  # 2110.02861: Xavier-uniform token embedding and a LayerNorm behind it
     keep8: Literal["none", "gelu", "attn", "both"] = "none"  # what keeps its inputs for backward in 8 bits
+    heads: tuple[int, ...] = ()  # attention heads of each block, of a pruned model; empty: n_head everywhere
+    hidden: tuple[int, ...] = ()  # hidden units of each block's MLP, of a pruned model; empty: 4 n_embd everywhere
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -67,35 +63,51 @@ class GPTConfig:
         if self.dropout and self.keep8 in ("attn", "both"):
             raise ValueError(f"--keep8={self.keep8} runs attention again in backward, where dropout would draw other "
                              "numbers; use --dropout=0 or --keep8=gelu")
+        for name, most in (("heads", self.n_head), ("hidden", 4 * self.n_embd)):
+            widths = getattr(self, name)
+            if widths and (len(widths) != self.n_layer or not 1 <= min(widths) <= max(widths) <= most):
+                raise ValueError(f"--{name}={','.join(map(str, widths))} must be {self.n_layer} numbers (n_layer) from "
+                                 f"1 to {most}, or empty")
+
+    def widths(self, block: int) -> tuple[int, int]:
+        """Return (attention heads, hidden units) of a block. A head keeps its size, n_embd / n_head, when others go."""
+        return (self.heads[block] if self.heads else self.n_head,
+                self.hidden[block] if self.hidden else 4 * self.n_embd)
 
 
 Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_features, bias) -> layer
 
 
-def check_skip_blocks(config: QuantConfig, n_layer: int) -> None:
-    """Refuse blocks that the model does not have: the flag could not take effect."""
+def layer_recipe(config: QuantConfig, name: str, in_features: int, out_features: int) -> Recipe | None:
+    """Return the recipe of the linear layer `name`. Raises: ValueError if --wblock does not divide its sizes."""
+    grad_input = config.ggran == "per_block" and config.ggemm != "grad_weight"
+    for size, what, contracted in ((in_features, "in_features", "per_block" in (config.wgran, config.agran)),
+                                   (out_features, "out_features", grad_input)):
+        if contracted and size % config.wblock:
+            raise ValueError(f"--wblock={config.wblock} must divide {what}={size} of {name}; "
+                             f"try {math.gcd(size, config.wblock)}")
+    recipe = make_recipe(config, out_features // 3 if config.split_qkv and name.endswith("c_attn") else None)
+    return replace(recipe, engine=int8_gemm) if config.gemm == "int8" else recipe
+
+
+def quant_linears(config: QuantConfig, n_layer: int,
+                  recipe_for: Callable[[str, int, int], Recipe | None] | None = None) -> Linear:
+    """Return the factory of a GPT's linear layers: QuantLinear, each with the recipe that its place asks for.
+
+    Args: recipe_for: (name, in_features, out_features) -> recipe, where an extension has one of its own.
+    Raises: ValueError for --skip_blocks that names no block, or spares blocks where nothing is quantized.
+    """
     for i in config.skip_blocks:
-        if not 0 <= i < n_layer:
-            raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are 0 to {n_layer - 1}")
+        if not -n_layer <= i < n_layer:
+            raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are 0 to {n_layer - 1}, "
+                             f"and -1 to {-n_layer} from the end")
+    if config.skip_blocks and not recipe_for and min(config.wbits, config.abits, config.gbits) == 32:
+        raise ValueError(f"--skip_blocks={config.skip_blocks} has no effect while nothing is quantized; drop it")
+    recipe_for = recipe_for or partial(layer_recipe, config)
+    spared = tuple(f"h.{i % n_layer}." for i in config.skip_blocks) + (() if config.quant_head else ("lm_head",))
 
-
-def quant_linears(config: QuantConfig) -> Linear:
-    """Return the factory of a GPT's linear layers: QuantLinear, each with the recipe that its place asks for."""
     def linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        high_precision = {f"h.{i}" for i in config.skip_blocks} | (set() if config.quant_head else {"lm_head"})
-        if name in high_precision or ".".join(name.split(".")[:2]) in high_precision:
-            return QuantLinear(in_features, out_features, bias)
-        forward_block = config.wgran == "per_block" or config.agran == "per_block"
-        if forward_block and in_features % config.wblock:
-            raise ValueError(f"--wblock={config.wblock} must divide in_features={in_features} of {name}; "
-                             f"try {math.gcd(in_features, config.wblock)}")
-        if config.ggran == "per_block" and config.ggemm != "grad_weight" and out_features % config.wblock:
-            raise ValueError(f"--wblock={config.wblock} must divide out_features={out_features} of {name}; "
-                             f"try {math.gcd(out_features, config.wblock)}")
-        third = out_features // 3 if config.split_qkv and name.endswith("c_attn") else None
-        recipe = make_recipe(config, third)
-        if config.gemm == "int8":
-            recipe = replace(recipe, engine=int8_gemm)
+        recipe = None if name.startswith(spared) else recipe_for(name, in_features, out_features)
         return QuantLinear(in_features, out_features, bias, recipe)
     return linear
 
@@ -103,8 +115,10 @@ def quant_linears(config: QuantConfig) -> Linear:
 # -----------------------------------------------------------------------------
 # loss: the head and the cross-entropy as one function, so that the full fp32 logits never exist at once
 
-def _rows(q: Tensor | Quantized, start: int, stop: int) -> Tensor | Quantized:
+def _rows(q: Operand, start: int, stop: int) -> Operand:
     """Take rows of a (quantized) matrix whose scales are per row or shared by all rows."""
+    if not isinstance(q, (Tensor, Quantized)):
+        q = q.unpack()
     if isinstance(q, Tensor):
         return q[start:stop]
     cut = [t if t is None or len(t) == 1 else t[start:stop] for t in (q.scale, q.zero_point)]
@@ -178,25 +192,27 @@ class LayerNorm(nn.LayerNorm):
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; the scores are not quantized."""
 
-    def __init__(self, config: GPTConfig, linear: Linear, name: str):
+    def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
-        self.n_head, self.dropout, self.keep8 = config.n_head, config.dropout, config.keep8 in ("attn", "both")
-        self.c_attn = linear(f"{name}.c_attn", config.n_embd, 3 * config.n_embd, config.bias)
-        self.c_proj = linear(f"{name}.c_proj", config.n_embd, config.n_embd, config.bias)
+        self.dropout, self.keep8 = config.dropout, config.keep8 in ("attn", "both")
+        self.n_head, self.head_size = config.widths(block)[0], config.n_embd // config.n_head
+        width = self.n_head * self.head_size  # C, unless heads were pruned
+        self.c_attn = linear(f"h.{block}.attn.c_attn", config.n_embd, 3 * width, config.bias)
+        self.c_proj = linear(f"h.{block}.attn.c_proj", width, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, T, C) over time."""
-        qkv = self.c_attn(x)  # (B, T, 3C)
-        y = keep8(self.mix, qkv, x.shape[2] // self.n_head) if self.keep8 else self.mix(qkv)
+        qkv = self.c_attn(x)  # (B, T, 3 width)
+        y = keep8(self.mix, qkv, self.head_size) if self.keep8 else self.mix(qkv)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def mix(self, qkv: Tensor) -> Tensor:
-        """Attend: q, k and v side by side (B, T, 3C) -> (B, T, C)."""
-        B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, heads, T, C/heads)
-                   for t in qkv.split(C, dim=2))
+        """Attend: q, k and v side by side (B, T, 3 width) -> (B, T, width)."""
+        B, T, width = *qkv.shape[:2], qkv.shape[2] // 3
+        q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, heads, T, head size)
+                   for t in qkv.split(width, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, T, C)
+        return y.transpose(1, 2).reshape(B, T, width)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -207,27 +223,28 @@ def gelu(x: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Two linears around a GELU."""
 
-    def __init__(self, config: GPTConfig, linear: Linear, name: str):
+    def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
         self.dropout, self.keep8 = config.dropout, config.keep8 in ("gelu", "both")
-        self.c_fc = linear(f"{name}.c_fc", config.n_embd, 4 * config.n_embd, config.bias)
-        self.c_proj = linear(f"{name}.c_proj", 4 * config.n_embd, config.n_embd, config.bias)
+        hidden = config.widths(block)[1]
+        self.c_fc = linear(f"h.{block}.mlp.c_fc", config.n_embd, hidden, config.bias)
+        self.c_proj = linear(f"h.{block}.mlp.c_proj", hidden, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) token by token."""
-        x = self.c_fc(x)  # (B, T, 4C)
+        x = self.c_fc(x)  # (B, T, hidden)
         return F.dropout(self.c_proj(keep8(gelu, x) if self.keep8 else gelu(x)), self.dropout, self.training)
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: GPTConfig, linear: Linear, name: str):
+    def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, linear, f"{name}.attn")
+        self.attn = CausalSelfAttention(config, linear, block)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config, linear, f"{name}.mlp")
+        self.mlp = MLP(config, linear, block)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add attention and MLP to the residual stream x (B, T, C)."""
@@ -240,7 +257,7 @@ class GPT(nn.Module):
 
     Args:
         config: the shape.  vocab_size: number of tokens; the matrix is padded to a multiple of 64 rows.
-        linear: makes the linear layers; `quant_linears(QuantConfig(...))`.
+        linear: makes the linear layers; `quant_linears(QuantConfig(...), n_layer)`.
         dtype: of the activations, torch.float32 or torch.bfloat16.
     """
 
@@ -251,7 +268,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.ln_e = LayerNorm(config.n_embd, bias=config.bias) if config.stable_embedding else nn.Identity()
-        self.h = nn.ModuleList(Block(config, linear, f"h.{i}") for i in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, linear, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = linear("lm_head", config.n_embd, padded, False)
         self.lm_head.weight = self.wte.weight  # tied, quantized or not
@@ -260,6 +277,8 @@ class GPT(nn.Module):
     def _initialise(self) -> None:
         """Normal(0, 0.02), zero biases; projections into the residual stream shrink with its 2 n_layer additions."""
         for name, p in self.named_parameters():
+            if ".reparam." in name:  # has initialised itself
+                continue
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
@@ -284,195 +303,32 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        recipe = getattr(self.lm_head, "recipe", None)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.vocab_size, recipe)
+        w, recipe = self.lm_head.weight, None
+        if isinstance(self.lm_head, QuantLinear):
+            w, recipe = self.lm_head.used_weight(), self.lm_head.recipe
+        return linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), self.vocab_size, recipe)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
                  seed: int = 0) -> Tensor:
-        """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text."""
+        """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text.
+
+        Args: temperature: 0 takes the likeliest token.  top_k: draw from so many of the likeliest tokens, 0: from all.
+        """
         generator, was_training = torch.Generator().manual_seed(seed), self.training
         self.eval()  # dropout draws from another generator
         for _ in range(new_tokens):
             x = self.hidden(idx[:, -self.config.block_size:])[:, -1:]  # (B, 1, C)
-            logits = self.lm_head(x)[:, 0, :self.vocab_size].float().cpu() / temperature  # (B, V)
-            least = logits.topk(min(top_k, self.vocab_size)).values[:, -1:]
+            logits = self.lm_head(x)[:, 0, :self.vocab_size].float().cpu() / (temperature or 1.0)  # (B, V)
+            most = min(top_k or self.vocab_size, self.vocab_size) if temperature else 1
+            least = logits.topk(most).values[:, -1:]
             probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
             idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator).to(idx.device)), 1)
         self.train(was_training)
         return idx
 
     def flops_per_token(self) -> float:
-        """Return the FLOPs of training on one token: 6 per weight in a GEMM, 12 L C T for attention (as nanoGPT)."""
-        c = self.config
+        """Return the FLOPs of training on a token, as nanoGPT: 6 per weight in a GEMM, 12 C T a block for attention."""
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-# -----------------------------------------------------------------------------
-# checkpoints: plain torch.save of tensors and plain Python values
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint so that its final name only ever holds a whole file: write beside it, then rename.
-
-    Raises: OSError (a full disk); the file that was there before stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # what torch's writer hid
-        raise OSError(f"could not write {path}: {reason}; the checkpoint before it is untouched") from error
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint on the CPU. Code in it is never executed (weights_only).
-
-    Raises: FileNotFoundError, or ValueError if the file is truncated or no checkpoint of nanoQPT.
-    """
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; python train.py --out_dir={path.parent} makes one")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds something else than tensors and plain values; "
-                         "it was not loaded, since it might run code") from None
-    except Exception as error:  # garbage makes torch's reader raise anything: KeyError, struct.error, an empty EOFError
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise ValueError(f"{path} is truncated or not a checkpoint ({reason}); "
-                         "if ckpt_best.pt lies beside it, copy that over it") from None
-    if not isinstance(checkpoint, dict) or not {"config", "vocab_size", "model"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of nanoQPT: it lacks config, vocab_size or model")
-    return checkpoint
-
-
-def own(cls: type, flat: dict):
-    """Build `cls` from those of the flat values that are its fields."""
-    return build(cls, {f.name: flat[f.name] for f in fields(cls) if f.name in flat})
-
-
-def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights (name -> tensor) into the model; the embedding's padding rows may be missing.
-
-    Raises: ValueError that names the first tensor that is missing, unknown or of another shape.
-    """
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
-    for name in sorted(set(state) ^ set(weights)):
-        raise ValueError(f"{source}: tensor {name} is {'missing' if name in state else 'unknown'}; "
-                         "it holds a model of another shape (n_layer, bias)")
-    for name, tensor in weights.items():
-        rows = model.vocab_size if name == "wte.weight" and len(tensor) == model.vocab_size else len(state[name])
-        if state[name][:rows].shape != tensor.shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(state[name].shape)}; "
-                             "n_embd, block_size or the vocabulary differ")
-        with torch.no_grad():
-            state[name][:rows].copy_(tensor)
-
-
-def model_from(checkpoint: dict, quant: QuantConfig | None = None, dtype: torch.dtype = torch.float32) -> GPT:
-    """Rebuild the model of a checkpoint, on the CPU; `quant` replaces the quantizers it was trained with."""
-    flat = checkpoint["config"]
-    quant = own(QuantConfig, flat) if quant is None else quant
-    shape = own(GPTConfig, flat)
-    check_skip_blocks(quant, shape.n_layer)
-    model = GPT(shape, checkpoint["vocab_size"], quant_linears(quant), dtype)
-    load_weights(model, checkpoint["model"], "checkpoint")
-    return model
-
-
-# -----------------------------------------------------------------------------
-# Hugging Face's layout: the same names, but its Conv1D keeps the four linears as (in, out)
-
-HF_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "n_inner": None,
-            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what is not a choice here
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def _safetensors():
-    """Import the optional dependency, or say how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("Hugging Face's files need safetensors: pip install safetensors") from None
-    return safetensors
-
-
-def load_hf(path: Path, block_size: int | None = None) -> tuple[GPTConfig, int, dict[str, Tensor]]:
-    """Read a GPT-2 in Hugging Face's layout: (config, vocab_size, weights in our layout).
-
-    Args: path: a folder with model.safetensors and config.json, as Hugging Face keeps them; block_size may shorten
-        the context.
-    Raises: FileNotFoundError, ValueError.
-    """
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).exists():
-            raise FileNotFoundError(f"--init_from={path}: there is no {name} in it; the released GPT-2 is at "
-                                    "https://huggingface.co/openai-community/gpt2/tree/main")
-    try:
-        hf = json.loads((path / "config.json").read_text())
-        weights = _safetensors().torch.load_file(path / "model.safetensors")
-        config, vocab_size = GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"]), hf["vocab_size"]
-        for key, ours in HF_FIXED.items():
-            if hf.get(key, ours) != ours:
-                raise ValueError(f"{key}={hf[key]}, here it is {ours}")
-    except (ValueError, TypeError, KeyError, _safetensors().SafetensorError) as error:
-        raise ValueError(f"--init_from={path}: not a GPT-2 in Hugging Face's layout ({error})") from None
-    weights = {k.removeprefix("transformer."): v.float() for k, v in weights.items()}
-    weights = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in weights.items()
-               if not k.endswith((".attn.bias", ".attn.masked_bias")) and k != "lm_head.weight"}  # masks; tied
-    if block_size and block_size < config.block_size:
-        config.block_size = block_size
-        weights["wpe.weight"] = weights["wpe.weight"][:block_size]
-    return config, vocab_size, weights
-
-
-def export_hf(model: GPT, folder: Path) -> None:
-    """Write config.json and model.safetensors that `transformers` reads as GPT2LMHeadModel; fp32, padding rows cut."""
-    if not model.config.bias:
-        raise ValueError("a model trained with --bias=False does not fit Hugging Face's GPT-2, which has biases")
-    if model.config.stable_embedding:
-        raise ValueError("a model trained with --stable_embedding does not fit Hugging Face's GPT-2, which has no "
-                         "LayerNorm behind the embedding")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    state["wte.weight"] = state["wte.weight"][:model.vocab_size]
-    state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous() for k, v in state.items()}
-    c = model.config
-    try:
-        _safetensors().torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    except _safetensors().SafetensorError as error:
-        (folder / "model.safetensors").unlink(missing_ok=True)
-        raise OSError(f"could not write {folder}/model.safetensors: {error}") from error
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-        "vocab_size": model.vocab_size, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-        "bos_token_id": model.vocab_size - 1, "eos_token_id": model.vocab_size - 1}, indent=1))
-
-
-@dataclass
-class ExportConfig:
-    """Turn a checkpoint into Hugging Face's layout."""
-    ckpt: str = "out"  # a checkpoint, or the out_dir of a run
-    export: str = ""  # folder to write
-
-
-def main() -> None:
-    """Export a checkpoint."""
-    config = parse(ExportConfig, doc=__doc__)
-    with one_line_errors():
-        if not config.export:
-            raise ValueError("--export= names the folder to write; it is missing")
-        export_hf(model_from(load_checkpoint(Path(config.ckpt))), Path(config.export))
-        print(f"wrote {config.export}/model.safetensors and config.json")
-
-
-if __name__ == "__main__":
-    main()
+        width = sum(block.attn.n_head * block.attn.head_size for block in self.h)  # n_layer C, unless pruned
+        return 6 * weights + 12 * width * self.config.block_size

@@ -47,6 +47,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from support.config import refuse_idle
 
 # A scale below the smallest normal number would be flushed to zero on some devices. The official code's floors, 1e-5 to
 # 1e-9, are far inside the range of real gradients and moments and would round those to zero.
@@ -74,49 +77,47 @@ class QuantConfig:
     gemm: Literal["simulate", "int8"] = "simulate"  # rounded operands in the compute dtype, or GEMMs on integer units
     backward: Literal["ste", "fp"] = "ste"  # backward GEMMs use the quantized x and w of forward, or the untouched ones
     quant_head: bool = False  # quantize lm_head too (it stays tied to the embedding)
-    skip_blocks: tuple[int, ...] = ()  # transformer blocks left in high precision, counted from 0
+    skip_blocks: tuple[int, ...] = ()  # transformer blocks left in high precision, from 0, or from the end: -1
 
     def __post_init__(self):
         for name in ("wbits", "abits", "gbits"):
             _check_bits(f"--{name}", getattr(self, name))
-        w, a, g = self.wbits < 32, self.abits < 32, self.gbits < 32
-        splits = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
-        blocks = "per_block" in (self.wgran, self.agran, self.ggran)
-        for flag, has_effect, needs in (
-                ("wfmt", w, "--wbits=8"), ("afmt", a, "--abits=8"), ("gfmt", g, "--gbits=8"),
-                ("wgran", w, "--wbits below 32"), ("agran", a, "--abits below 32"), ("asym", a, "--abits below 32"),
-                ("ggran", g, "--gbits below 32"), ("ggemm", g, "--gbits below 32"),
-                ("gemm", w and a, "--wbits and --abits below 32"), ("rounding", g, "--gbits below 32"),
-                ("wblock", blocks, "a granularity of per_block"),
-                ("split_qkv", splits, "quantized weights per_tensor, or gradients per_tensor or per_token"),
-                ("backward", w or a, "--wbits or --abits below 32"),
-                ("quant_head", w or a or g, "something quantized"),
-                ("skip_blocks", w or a or g, "something quantized")):
-            value = getattr(self, flag)
-            if value != type(self).__dataclass_fields__[flag].default and not has_effect:
-                raise ValueError(f"--{flag}={value} has no effect without {needs}; drop it or add that")
-        for flag, fmt, fits, remedy in (
-                ("wbits", "wfmt", self.wbits == 8, 8), ("abits", "afmt", self.abits == 8, 8),
-                ("gbits", "gfmt", self.gbits == 8, 8), ("asym", "afmt", not self.asym, False),
-                ("rounding", "gfmt", self.rounding == "nearest", "nearest")):
-            if getattr(self, fmt) != "int" and not fits:
-                raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --{fmt}={getattr(self, fmt)}, which is "
-                                 f"symmetric, 8 bits, rounded to nearest; use --{flag}={remedy} or --{fmt}=int")
-        if self.gemm == "int8":
-            for flag, fits, remedy in (
-                    *((fmt, getattr(self, fmt) == "int", "int") for fmt in ("wfmt", "afmt", "gfmt")),
-                    ("wgran", self.wgran != "per_block", "per_channel or per_tensor"),
-                    ("agran", self.agran in ("per_token", "per_tensor"), "per_token or per_tensor"),
-                    ("asym", not self.asym, "False"), ("ggran", not g or self.ggran == "per_row", "per_row"),
-                    ("backward", not g or self.backward == "ste", "ste")):
-                if not fits:
-                    raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --gemm=int8, which multiplies "
-                                     f"integers whose scales factor out of every GEMM; use --{flag}={remedy}")
-        if g and self.ggran == "per_row" and self.backward == "ste" and (blocks or self.asym):
-            raise ValueError("--ggran=per_row takes up the scales of w and x, which per_block and --asym do not allow; "
-                             "use per_channel weights and per_token activations without --asym, or another --ggran")
         if self.wblock < 1:
             raise ValueError(f"--wblock={self.wblock} must be at least 1")
+        w, a, g = self.wbits < 32, self.abits < 32, self.gbits < 32
+        blocks = "per_block" in (self.wgran, self.agran, self.ggran)
+        no_w, no_a, no_g = (f"without --{bits} below 32" for bits in ("wbits", "abits", "gbits"))
+        splits = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
+        refuse_idle(
+            self, wfmt=(w, no_w), wgran=(w, no_w), afmt=(a, no_a), agran=(a, no_a), asym=(a, no_a), gfmt=(g, no_g),
+            ggran=(g, no_g), ggemm=(g, no_g), rounding=(g, no_g), wblock=(blocks, "without a granularity of per_block"),
+            split_qkv=(splits, "without weights quantized per_tensor, or gradients per_tensor or per_token"),
+            gemm=(w and a, "without --wbits and --abits below 32"),
+            backward=(w or a, "without --wbits or --abits below 32"),
+            quant_head=(w or a or g, "while nothing is quantized"))
+        # What does not go together: (flag, whether it fits, with which other flag, why, what to use).
+        fp8 = "FP8 is symmetric, 8 bits, rounded to nearest"
+        integers = "integer GEMMs need integers whose scales factor out"
+        folds = "per_row takes up the scales of w and x"
+        int8, fold = self.gemm == "int8", g and self.ggran == "per_row" and self.backward == "ste"
+        for flag, fits, other, why, remedy in (
+                *((f"{x}bits", getattr(self, f"{x}fmt") == "int" or getattr(self, f"{x}bits") == 8, f"{x}fmt", fp8, 8)
+                  for x in "wag"),
+                ("asym", self.afmt == "int" or not self.asym, "afmt", fp8, False),
+                ("rounding", self.gfmt == "int" or self.rounding == "nearest", "gfmt", fp8, "nearest"),
+                *((f"{x}fmt", not int8 or getattr(self, f"{x}fmt") == "int", "gemm", integers, "int") for x in "wag"),
+                ("wgran", not int8 or self.wgran != "per_block", "gemm", integers, "per_channel or per_tensor"),
+                ("agran", not int8 or self.agran in ("per_token", "per_tensor"), "gemm", integers,
+                 "per_token or per_tensor"),
+                ("asym", not int8 or not self.asym, "gemm", integers, False),
+                ("ggran", not (int8 and g) or self.ggran == "per_row", "gemm", integers, "per_row"),
+                ("backward", not (int8 and g) or self.backward == "ste", "gemm", integers, "ste"),
+                ("asym", not (fold and self.asym), "ggran", folds, False),
+                ("wgran", not (fold and self.wgran == "per_block"), "ggran", folds, "per_channel"),
+                ("agran", not (fold and self.agran == "per_block"), "ggran", folds, "per_token")):
+            if not fits:
+                raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --{other}={getattr(self, other)}: "
+                                 f"{why}; use --{flag}={remedy} or another --{other}")
 
 
 def _check_bits(name: str, bits: int) -> None:
@@ -268,48 +269,20 @@ def restore(q: Quantized) -> Tensor:
     return dequantize(tiles(q.codes, tile), q.scale, q.zero_point).reshape(q.codes.shape)
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Pack int8 codes in [-8, 7], (..., C) with C even, into uint8 (..., C/2); the even column is the low half.
-
-    [1, -1] -> 0b1111_0001. Raises: ValueError for an odd last axis.
-    """
-    if codes.shape[-1] % 2:
-        raise ValueError(f"4-bit codes are packed in pairs; the last axis has {codes.shape[-1]} of them: pad it by one")
-    low, high = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return (low & 15) | (high << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Undo pack_int4: uint8 (..., C/2) -> int8 codes (..., C)."""
-    low, high = packed << 4, packed & 240  # each code in the high half of a byte ...
-    return torch.stack((low, high), -1).flatten(-2).view(torch.int8) >> 4  # ... so that the shift copies its sign
-
-
-class _RoundSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale, zero_point, bits):
-        codes = quantize(x.float(), scale, zero_point, bits)
-        # Clipped: where rounding alone, without the clamp, leaves the range of codes.
-        qmax = 2 ** (bits - 1) - 1
-        q = torch.round(x.float() * (1.0 / scale)) + (0 if zero_point is None else zero_point)
-        ctx.save_for_backward((q >= (-qmax if zero_point is None else -qmax - 1)) & (q <= qmax))
-        y = dequantize(codes, scale, zero_point).to(x.dtype)
-        return torch.where(x.isnan(), x, y)  # an integer code cannot hold a nan, and it must not vanish
-
-    @staticmethod
-    def backward(ctx, g):
-        inside, = ctx.saved_tensors
-        return g * inside, None, None, None
-
-
 def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
     """Fake-quantize x with a GIVEN scale; the gradient is the identity inside the range of codes, 0 where x clips.
 
-    The dynamic quantizers above never clip, so QuantLinear needs no mask; a static or shrunken scale does (use it
-    as QuantLinear's reparam, for instance). Args: as `quantize`. Returns: x's shape and dtype.
+    The dynamic quantizers above never clip, so QuantLinear needs no mask. A static, shrunken or learned scale does:
+    use this in a reparam of QuantLinear, as extensions/lsq.py does.
+
+    Args: as `quantize`. Returns: x's shape and dtype; a nan stays one.
     Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
     """
-    return _RoundSTE.apply(x, scale, zero_point, bits)
+    qmax, zero = 2 ** (bits - 1) - 1, 0 if zero_point is None else zero_point
+    q = torch.round(x.detach().float() * (1.0 / scale)) + zero  # where x lands before the clamp
+    clips = (q < (-qmax if zero_point is None else -qmax - 1)) | (q > qmax)
+    y = dequantize(quantize(x.detach().float(), scale, zero_point, bits), scale, zero_point).to(x.dtype)
+    return y + torch.where(clips, 0.0, x - x.detach())  # the difference is 0, its gradient is 1
 
 
 # -----------------------------------------------------------------------------
@@ -319,8 +292,13 @@ def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: 
 class Recipe:
     """Which quantizer rounds which operand of which GEMM. A slot is any callable Tensor -> Tensor, or None: untouched.
 
-    Each quantizer is given its operand as the table on top of this file writes it, contraction last. With
-    `backward="ste"` the backward GEMMs reuse the very x and w that forward used, and their two slots must be None.
+    Each quantizer is given its operand as the table on top of this file writes it, contraction last. A callable with a
+    method `quantize` that returns a NamedTuple of tensors, as Quantizer, is asked for that: these codes are kept.
+
+    backward: where the x and w of the backward GEMMs come from.
+        "ste"   forward's own, codes included: the classic straight-through estimator. Their two slots must be None.
+        "fp"    the untouched ones, kept in their dtype, and rounded in backward if their slots say so.
+        "early" as "fp", but x.T is rounded in forward already, so that its codes are what is kept.
     """
     output_input: Callable[[Tensor], Tensor] | None = None              # x    (M, K)
     output_weight: Callable[[Tensor], Tensor] | None = None             # w    (N, K)
@@ -328,14 +306,14 @@ class Recipe:
     grad_input_weight: Callable[[Tensor], Tensor] | None = None         # w.T  (K, N)
     grad_weight_grad_output: Callable[[Tensor], Tensor] | None = None   # g.T  (N, M)
     grad_weight_input: Callable[[Tensor], Tensor] | None = None         # x.T  (K, M)
-    backward: str = "ste"
+    backward: Literal["ste", "fp", "early"] = "ste"
     engine: Callable | None = None  # computes A @ B.T in place of `gemm` below, with its arguments
 
     def __post_init__(self):
-        if self.backward not in ("ste", "fp"):
-            raise ValueError(f"backward={self.backward!r}: use 'ste' or 'fp'")
+        if self.backward not in ("ste", "fp", "early"):
+            raise ValueError(f"backward={self.backward!r}: use 'ste', 'fp' or 'early'")
         if self.backward == "ste" and (self.grad_input_weight or self.grad_weight_input):
-            raise ValueError("backward='ste' reuses forward's x and w; use backward='fp' to give backward its own")
+            raise ValueError("backward='ste' reuses forward's x and w; use 'fp' or 'early' to give backward its own")
 
 
 def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
@@ -366,16 +344,20 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
 
 
 # -----------------------------------------------------------------------------
-# the three GEMMs
+# the three GEMMs. An operand is a Tensor (R, C), or Quantized, or the NamedTuple of a foreign quantizer with a method
+# `unpack()` that returns one of the two.
 
-def round_operand(quantizer: Callable | None, x: Tensor) -> Tensor | Quantized:
-    """Apply one slot of a recipe to its operand (R, C): codes and scales if ours, a tensor if a foreign callable."""
-    if isinstance(quantizer, Quantizer):
+Operand = Tensor | tuple
+
+
+def round_operand(quantizer: Callable | None, x: Tensor) -> Operand:
+    """Apply one slot of a recipe to its operand (R, C): its codes and scales if it has any, else a tensor."""
+    if hasattr(quantizer, "quantize"):
         return quantizer.quantize(x)
     return x if quantizer is None else quantizer(x)
 
 
-def gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """Compute A @ B.T in `dtype`: a (R, L), b (S, L) -> (R, S); scales that are constant along L are applied after."""
     (a, a_scale), (b, b_scale) = _factor(a, dtype), _factor(b, dtype)
     y = a @ b.T  # (R, S)
@@ -386,8 +368,10 @@ def gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) -> Te
     return y.to(dtype)
 
 
-def _factor(q: Tensor | Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _factor(q: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Split an operand (R, L) into what enters the GEMM and the scale (R, 1) or (1, 1) applied after it, if any."""
+    if not isinstance(q, (Tensor, Quantized)):
+        q = q.unpack()
     if isinstance(q, Tensor):
         return q.to(dtype), None
     if q.zero_point is not None or q.scale.shape[2] > 1:  # the scale varies along the contraction, or is not alone
@@ -401,7 +385,7 @@ def row_scale(q: Quantized) -> Tensor:
     return (q.scale if len(q.scale) == 1 else q.scale.expand(-1, rows, 1, 1)).reshape(-1, 1)
 
 
-def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+def fold(quantizer: Callable | None, a: Tensor, b: Operand) -> tuple[Operand, Operand]:
     """Round the gradient a (R, L) of a GEMM A @ B.T; with quantizer.fold it first takes up scales of b (S, L) along L.
 
     Backward meets x and w with the scales of forward, s per token or per output, which in grad_weight and grad_input
@@ -414,46 +398,47 @@ def fold(quantizer: Callable | None, a: Tensor, b: Tensor | Quantized) -> tuple[
     return round_operand(quantizer, a), b
 
 
-def linear_forward(x: Tensor, w: Tensor, recipe: Recipe, qw: Quantized | None = None
-                   ) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized]:
-    """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w.
-
-    Args: qw: q(w), where it is at hand.
-    """
-    qx, qw = round_operand(recipe.output_input, x), qw or round_operand(recipe.output_weight, w)
+def linear_forward(x: Tensor, w: Tensor, recipe: Recipe) -> tuple[Tensor, Operand, Operand]:
+    """Compute y = q(x) @ q(w).T for x (M, K), w (N, K) -> y (M, N) in x's dtype, and what backward needs of x and w."""
+    qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
     y = (recipe.engine or gemm)(qx, qw, x.dtype)
-    return (y, qx, qw) if recipe.backward == "ste" else (y, x, w)
+    if recipe.backward == "ste":
+        return y, qx, qw
+    return y, round_operand(recipe.grad_weight_input, x.T) if recipe.backward == "early" else x, w
 
 
-def linear_backward(g: Tensor, x: Tensor | Quantized, w: Tensor | Quantized, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Compute dx (M, K) and dw (N, K) from g (M, N) and what forward kept; dtypes as g."""
-    if recipe.backward == "fp":
-        x_t, w_t = round_operand(recipe.grad_weight_input, x.T), round_operand(recipe.grad_input_weight, w.T)
-    else:
-        x_t, w_t = x.T, w.T
-    multiply = recipe.engine or gemm
-    dx = multiply(*fold(recipe.grad_input_grad_output, g, w_t), g.dtype)       # (M, N) @ (K, N).T
-    dw = multiply(*fold(recipe.grad_weight_grad_output, g.T, x_t), g.dtype)    # (N, M) @ (K, M).T
+def linear_backward(g: Tensor, x: Operand, w: Operand, recipe: Recipe,
+                    needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor | None, Tensor | None]:
+    """Compute dx (M, K) and dw (N, K) from g (M, N) and what forward kept; dtypes as g; None for what nobody needs."""
+    multiply, dx, dw = recipe.engine or gemm, None, None
+    if needs[0]:
+        w_t = w.T if recipe.backward == "ste" else round_operand(recipe.grad_input_weight, w.T)
+        dx = multiply(*fold(recipe.grad_input_grad_output, g, w_t), g.dtype)       # (M, N) @ (K, N).T
+    if needs[1]:
+        x_t = x.T if recipe.backward == "ste" else x  # "early": forward has rounded x.T
+        x_t = round_operand(recipe.grad_weight_input, x.T) if recipe.backward == "fp" else x_t
+        dw = multiply(*fold(recipe.grad_weight_grad_output, g.T, x_t), g.dtype)    # (N, M) @ (K, M).T
     return dx, dw
 
 
 class _QuantLinear(torch.autograd.Function):
+    # Both halves of the table on top. Between them wait whatever linear_forward says: codes and scales, or tensors.
     @staticmethod
-    def forward(ctx, x, w, recipe, codes, scale):
-        y, qx, qw = linear_forward(x, w, recipe, None if codes is None else Quantized(codes, scale, None))
-        ctx.recipe, ctx.w_dtype = recipe, w.dtype
-        ctx.x_parts, ctx.w_parts = (len(q) if isinstance(q, Quantized) else 1 for q in (qx, qw))
-        ctx.save_for_backward(*(qx if isinstance(qx, Quantized) else (qx,)),
-                              *(qw if isinstance(qw, Quantized) else (qw,)))
+    def forward(ctx, x, w, recipe):
+        y, *kept = linear_forward(x, w, recipe)
+        ctx.recipe, ctx.w_dtype, ctx.kinds = recipe, w.dtype, [type(q) for q in kept]
+        ctx.parts = [len(q) if isinstance(q, tuple) else 1 for q in kept]
+        ctx.save_for_backward(*(t for q in kept for t in (q if isinstance(q, tuple) else (q,))))
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
-        saved = ctx.saved_tensors
-        qx = Quantized(*saved[:ctx.x_parts]) if ctx.x_parts > 1 else saved[0]
-        qw = Quantized(*saved[ctx.x_parts:]) if ctx.w_parts > 1 else saved[-1]
-        dx, dw = linear_backward(g, qx, qw, ctx.recipe)
-        return dx, dw.to(ctx.w_dtype), None, None, None
+        saved, n = ctx.saved_tensors, ctx.parts[0]
+        x, w = (kind(*parts) if issubclass(kind, tuple) else parts[0]
+                for kind, parts in zip(ctx.kinds, (saved[:n], saved[n:]), strict=True))
+        dx, dw = linear_backward(g, x, w, ctx.recipe, ctx.needs_input_grad[:2])
+        return dx, None if dw is None else dw.to(ctx.w_dtype), None
 
 
 class QuantLinear(nn.Linear):
@@ -462,69 +447,26 @@ class QuantLinear(nn.Linear):
     Args:
         recipe: what each operand is rounded to; None is nn.Linear bit for bit.
         reparam: maps the weight (N, K) to the one used, before the recipe: the seam for methods that train something
-            else than the weight itself. Autograd differentiates it.
+            else than the weight itself. Autograd differentiates it; an nn.Module brings parameters of its own.
+    Raises: ValueError for a float16 input, which cannot hold the sums of products of codes (127 * 127 * 5 > 65504).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, recipe: Recipe | None = None,
                  reparam: Callable[[Tensor], Tensor] | None = None):
         super().__init__(in_features, out_features, bias)
         self.recipe, self.reparam = recipe, reparam
-        self.codes = self.scale = None  # of the weight, from `round_weights`; None: it is rounded at every call
+
+    def used_weight(self) -> Tensor:
+        """Return the weight (N, K) that the GEMMs are given, before the recipe rounds it."""
+        return self.weight if self.reparam is None else self.reparam(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x (..., K) -> (..., N)."""
-        w = self.weight if self.reparam is None else self.reparam(self.weight)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.recipe is None:
+        w, bias = self.used_weight(), None if self.bias is None else self.bias.to(x.dtype)
+        if self.recipe is None or x.numel() == 0:
             return F.linear(x, w.to(x.dtype), bias)
-        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe, self.codes, self.scale)  # (M, N)
+        if x.dtype == torch.float16:
+            raise ValueError("QuantLinear got float16, which overflows on sums of codes; use bfloat16 or float32")
+        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
         y = y if bias is None else y + bias  # outside: the gradient of the bias comes from the untouched g
         return y.view(*x.shape[:-1], -1)
-
-
-@torch.no_grad()
-def round_weights(model: nn.Module) -> None:
-    """Round the weights of the QuantLinears in `model` once, for all their forwards until the next call.
-
-    For gradient accumulation: the micro-batches of an optimizer step share their weights. From then on whatever
-    changes a weight (an optimizer step, load_state_dict) or moves it must be followed by another call: nothing checks.
-    """
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear) and layer.recipe and not layer.reparam and \
-                isinstance(layer.recipe.output_weight, Quantizer):
-            codes, scale, _ = layer.recipe.output_weight.quantize(layer.weight)
-            if layer.codes is None:
-                layer.codes, layer.scale = codes, scale
-            else:  # in place: compiled code and its guards stay
-                layer.codes.copy_(codes)
-                layer.scale.copy_(scale)
-
-
-# -----------------------------------------------------------------------------
-# what other layers keep for backward
-
-class _Keep8(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, f, block):
-        q = Quantizer(8, (1, block)).quantize(x.flatten(0, -2))
-        ctx.f, ctx.shape, ctx.dtype = f, x.shape, x.dtype
-        ctx.save_for_backward(q.codes, q.scale)
-        return f(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        codes, scale = ctx.saved_tensors
-        x = restore(Quantized(codes, scale, None)).view(ctx.shape).to(ctx.dtype)
-        return torch.func.vjp(ctx.f, x)[1](g)[0], None, None
-
-
-def keep8(f: Callable[[Tensor], Tensor], x: Tensor, block: int | None = None) -> Tensor:
-    """Return f(x), keeping for backward nothing but x in int8 codes, from which backward runs f again.
-
-    The output is exact, the gradient is that of f at the rounded x.
-
-    Args:
-        f: deterministic, a pure function of x.  x: (..., C).  block: elements of a row that share a scale; None: C.
-    Source: the idea of Chen et al. 2021, arXiv 2104.14129 (ActNN), with the quantizer of this file.
-    """
-    return _Keep8.apply(x, f, block) if torch.is_grad_enabled() else f(x)

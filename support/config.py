@@ -75,6 +75,11 @@ def build(cls: type, values: dict) -> typing.Any:
     return cls(**{k: v for k, v in values.items() if k in own}, **subs)
 
 
+def own(cls: type, flat: dict) -> typing.Any:
+    """Build `cls` from those of the flat values that are its flags, as a checkpoint's config has them."""
+    return build(cls, {name: flat[name] for name in _owners(cls) if name in flat})
+
+
 def flatten(config: typing.Any) -> dict:
     """Return the flat {flag: value} of a nested config: plain Python values, the inverse of `build`."""
     flat = {}

@@ -1,4 +1,4 @@
-"""The record of a run: log.jsonl, the progress bar, and the optional trackers.
+"""The record of a run: log.jsonl, the progress bar, the first lines, and Weights & Biases if asked for.
 
 out_dir/log.jsonl has one JSON object a line. The first is the config, the last has "status": finished, interrupted or
 diverged; training lines have step, tokens, loss, lr, grad_norm, tokens_per_s, mfu; evaluation lines step, tokens,
@@ -7,51 +7,58 @@ val_loss, val_bpb. Whoever wants a run's numbers, bench, plots, another run's re
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn as nn
 from tqdm import tqdm
 
-from support.config import flatten
-
-
-def _optional(name: str):
-    """Import an optional package, or say how to get it."""
-    try:
-        return __import__(name)
-    except ImportError:
-        raise ValueError(f"--{name} needs a package that is not installed: pip install {name}") from None
+from quant import QuantLinear
+from support.config import differences, flatten
+from support.device import Processes
 
 
 def read_log(path: Path) -> list[dict]:
     """Read a log.jsonl; a last line that a crash has cut off is left out. Raises: FileNotFoundError."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; python train.py --out_dir={path.parent} makes one")
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def evaluations(out_dir: str) -> dict[int, float]:
-    """Return {step: val_loss} of the run in out_dir. Raises: FileNotFoundError."""
-    path = Path(out_dir, "log.jsonl")
-    if not path.exists():
-        raise FileNotFoundError(f"--compare_to={out_dir}: there is no {path}")
-    return {line["step"]: line["val_loss"] for line in read_log(path) if "val_loss" in line}
+def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> None:
+    """Print what runs where, and how the model differs from an unquantized one."""
+    commit = subprocess.run(["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    name = torch.cuda.get_device_name(processes.device) if "cuda" in processes.device else \
+        f"CPU, {torch.get_num_threads()} threads"
+    processes.print(f"nanoQPT {commit or 'without git'}, torch {torch.__version__}, "
+                    f"{processes.world} process(es), {name}")
+    processes.print("config: " + (", ".join(f"{k}={v}" for k, v in differences(config).items()) or "defaults"))
+    quantized = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
+    total = sum(p.numel() for p in model.parameters())
+    processes.print(f"{total:,} parameters, {quantized:,} of them in quantized linear layers")
+    processes.print(optimizer.describe()[1])
 
 
 class Log:
-    """log.jsonl, the progress bar (or plain lines where there is no terminal), and the optional trackers.
+    """log.jsonl, the progress bar (or plain lines where there is no terminal).
 
     Args:
         config: train.py's TrainConfig.  start: the step from which the run goes on.
         main: whether this process is the one that writes; the others may call everything, and nothing happens.
-    Raises: ValueError if a tracker that was asked for is not installed.
+    Raises: ValueError if wandb was asked for and is not installed.
     """
 
     def __init__(self, config: Any, start: int, main: bool):
         self.main, self.max_iters, self.path = main, config.max_iters, Path(config.out_dir, "log.jsonl")
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", dynamic_ncols=True,
                         disable=not (main and sys.stderr.isatty()))
-        self.wandb = self.board = None
+        self.wandb = None
         if not main:
             return
         # What a killed run logged after its checkpoint will be logged again.
@@ -62,23 +69,20 @@ class Log:
         os.replace(fresh, self.path)
         self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         if config.wandb:
-            self.wandb = _optional("wandb").init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
-        if config.tensorboard:
-            _optional("tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(config.out_dir)
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+            self.wandb = wandb.init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
 
     def write(self, **values) -> None:
-        """Append one JSON object, at once, and send its numbers to the trackers."""
+        """Append one JSON object, at once, and send it to Weights & Biases."""
         if not self.main:
             return
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
         if self.wandb and "step" in values:
-            self.wandb.log(numbers, step=values["step"])
-        for name, value in numbers.items() if self.board and "step" in values else ():
-            self.board.add_scalar(name, value, values["step"])
+            self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import train
-from model import load_checkpoint, save_checkpoint
 from prepare_data import DataConfig, PrepareConfig, prepare
+from support.checkpoint import load_checkpoint, save_checkpoint
 from support.config import build, flatten
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,70 @@
+"""Presets: dicts of differences from the defaults, composed from left to right by --preset=a,b."""
+
+import torch
+
+SIZES = {
+    # minutes on two cores of a laptop
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1,
+                 learning_rate=3e-3, min_lr=3e-4, warmup_iters=100, beta2=0.99, max_iters=2000, eval_interval=500,
+                 eval_tokens=2**16, log_interval=50),
+    "gpt2": {},  # 124M: the defaults above
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5, batch_size=8,
+                       gradient_accumulation_steps=64),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5, batch_size=4,
+                    gradient_accumulation_steps=128),  # 1558M
+    # arXiv 2407.11722: 300,000 steps of 512 x 1024 tokens
+    "paper": dict(dataset="openwebtext", max_iters=300000, min_lr=0.0, warmup_iters=1000, beta2=0.999, dropout=0.1,
+                  seed=42, dtype="bfloat16"),
+}
+PRESETS = SIZES | {
+    "w8a8": dict(wbits=8, abits=8),  # weights per_channel, activations per_token: the paper's recipe
+    # the same on integer units (int8.py): the forward GEMM, or all three
+    "int8": dict(wbits=8, abits=8, gemm="int8"),
+    "int8-all": dict(wbits=8, abits=8, gbits=8, ggran="per_row", ggemm="both", gemm="int8"),
+    # FP8 as in 2209.05433: precision forward, range for gradients. Every scale is per row, so that a row-wise scaled
+    # FP8 GEMM could run all three.
+    "fp8": dict(wbits=8, wfmt="e4m3", abits=8, afmt="e4m3", gbits=8, gfmt="e5m2", ggran="per_row", ggemm="both"),
+    # GELU and attention keep their inputs for backward in 8 bits
+    "keep8": dict(keep8="both"),
+    # Adam's moments (optim.py)
+    "adam8": dict(m1bits=8, m2bits=8),
+    "adam4": dict(m1bits=4, m2bits=4),
+    # 2110.02861: its code book, and its stable embedding layer
+    "adam8-dynamic": dict(m1bits=8, m1fmt="dynamic", m2bits=8, m2fmt="dynamic", stable_embedding=True, membed32=True),
+    # the paper's experiments by their ids in README
+    "E0": {},
+    "W1": dict(wbits=8, wgran="per_tensor"),
+    "W2": dict(wbits=8),
+    "W3": dict(wbits=4, wgran="per_tensor"),
+    "W4": dict(wbits=4),
+    "A1": dict(abits=8, agran="per_tensor"),
+    "A2": dict(abits=8),
+    "A3": dict(abits=4, agran="per_tensor"),
+    "A4": dict(abits=4),
+    "A5": dict(abits=4, asym=True),
+    "A6": dict(abits=4, agran="per_channel"),
+    "G1": dict(gbits=8, ggran="per_tensor", split_qkv=True),
+    "G2": dict(gbits=8, split_qkv=True),
+    "G3": dict(gbits=4, split_qkv=True),
+    "G5": dict(gbits=8, ggemm="grad_input", split_qkv=True),
+    "S1": dict(m1bits=8, m1fmt="linear", m1gran="per_tensor", membed32=True),
+    "S2": dict(m1bits=8, m1fmt="linear", m1gran="per_channel", membed32=True),
+    "S3": dict(m1bits=4, m1fmt="linear", m1gran="per_tensor", membed32=True),
+    "S4": dict(m1bits=4, m1fmt="linear", m1gran="per_channel", membed32=True),
+    "S6": dict(m2bits=8, m2fmt="linear", m2gran="per_channel", membed32=True),
+    "S6-per_tensor": dict(m2bits=8, m2fmt="linear", m2gran="per_tensor", membed32=True),
+    "C1": dict(wbits=8, abits=8),
+    "C2": dict(wbits=8, abits=8, gbits=8, split_qkv=True),
+}
+# A resumed run takes these from the command line, and everything else from its checkpoint.
+FREE_ON_RESUME = {"preset", "out_dir", "resume", "max_iters", "log_interval", "sample_tokens", "device",
+                  "compile", "deterministic", "wandb", "data_dir"}
+
+
+def with_size(given: dict) -> None:
+    """Put the model size that fits the device in front of the presets given, if they name none."""
+    names = [name for name in given.get("preset", "").split(",") if name]
+    if not any(name in SIZES for name in names):
+        on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+        given["preset"] = ",".join(["gpt2" if on_gpu else "tiny", *names])
