@@ -287,6 +287,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         if self.config.stable_embedding:
             nn.init.xavier_uniform_(self.wte.weight)
+        self.start_reparams()
+
+    def start_reparams(self) -> None:
+        """Let the reparams that have a method `start(weight)` begin from the weights as they are now."""
+        for layer in self.modules():
+            if hasattr(getattr(layer, "reparam", None), "start"):
+                layer.reparam.start(layer.weight)
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Return the last hidden states (B, T, C), in self.dtype, of the tokens idx (B, T)."""

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from support.config import refuse_idle
+from support.config import refuse_idle, refuse_unfit
 
 # A scale below the smallest normal number would be flushed to zero on some devices. The official code's floors, 1e-5 to
 # 1e-9, are far inside the range of real gradients and moments and would round those to zero.
@@ -95,29 +95,21 @@ class QuantConfig:
             gemm=(w and a, "without --wbits and --abits below 32"),
             backward=(w or a, "without --wbits or --abits below 32"),
             quant_head=(w or a or g, "while nothing is quantized"))
-        # What does not go together: (flag, whether it fits, with which other flag, why, what to use).
-        fp8 = "FP8 is symmetric, 8 bits, rounded to nearest"
-        integers = "integer GEMMs need integers whose scales factor out"
-        folds = "per_row takes up the scales of w and x"
-        int8, fold = self.gemm == "int8", g and self.ggran == "per_row" and self.backward == "ste"
-        for flag, fits, other, why, remedy in (
-                *((f"{x}bits", getattr(self, f"{x}fmt") == "int" or getattr(self, f"{x}bits") == 8, f"{x}fmt", fp8, 8)
-                  for x in "wag"),
-                ("asym", self.afmt == "int" or not self.asym, "afmt", fp8, False),
-                ("rounding", self.gfmt == "int" or self.rounding == "nearest", "gfmt", fp8, "nearest"),
-                *((f"{x}fmt", not int8 or getattr(self, f"{x}fmt") == "int", "gemm", integers, "int") for x in "wag"),
-                ("wgran", not int8 or self.wgran != "per_block", "gemm", integers, "per_channel or per_tensor"),
-                ("agran", not int8 or self.agran in ("per_token", "per_tensor"), "gemm", integers,
-                 "per_token or per_tensor"),
-                ("asym", not int8 or not self.asym, "gemm", integers, False),
-                ("ggran", not (int8 and g) or self.ggran == "per_row", "gemm", integers, "per_row"),
-                ("backward", not (int8 and g) or self.backward == "ste", "gemm", integers, "ste"),
-                ("asym", not (fold and self.asym), "ggran", folds, False),
-                ("wgran", not (fold and self.wgran == "per_block"), "ggran", folds, "per_channel"),
-                ("agran", not (fold and self.agran == "per_block"), "ggran", folds, "per_token")):
-            if not fits:
-                raise ValueError(f"--{flag}={getattr(self, flag)} does not fit --{other}={getattr(self, other)}: "
-                                 f"{why}; use --{flag}={remedy} or another --{other}")
+        fp8, integers = "FP8 is symmetric, 8 bits, rounded to nearest", "its scales must factor out of every GEMM"
+        if self.wfmt != "int":
+            refuse_unfit(self, "wfmt", fp8, wbits=(8,))
+        if self.afmt != "int":
+            refuse_unfit(self, "afmt", fp8, abits=(8,), asym=(False,))
+        if self.gfmt != "int":
+            refuse_unfit(self, "gfmt", fp8, gbits=(8,), rounding=("nearest",))
+        if self.gemm == "int8":
+            refuse_unfit(self, "gemm", integers, wfmt=("int",), afmt=("int",), gfmt=("int",), asym=(False,),
+                         wgran=("per_channel", "per_tensor"), agran=("per_token", "per_tensor"))
+        if self.gemm == "int8" and g:
+            refuse_unfit(self, "gemm", integers, ggran=("per_row",), backward=("ste",))
+        if g and self.ggran == "per_row" and self.backward == "ste":
+            refuse_unfit(self, "ggran", "it takes up the scales of w and x", asym=(False,),
+                         wgran=("per_channel", "per_tensor"), agran=("per_token", "per_tensor", "per_channel"))
 
 
 def _check_bits(name: str, bits: int) -> None:

@@ -40,11 +40,11 @@ from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig
-from support.checkpoint import load_checkpoint, load_source, load_weights, save_checkpoint
-from support.config import flatten, one_line_errors, parse, refuse_idle
+from support.checkpoint import load_weights, save_checkpoint
+from support.config import flatten, one_line_errors, refuse_idle
 from support.device import Processes, peak_flops, resolve
 from support.log import Log, introduce, read_log
-from support.presets import FREE_ON_RESUME, PRESETS, with_size
+from support.presets import PRESETS, load_config
 
 
 @dataclass
@@ -351,49 +351,11 @@ class Run:
 # -----------------------------------------------------------------------------
 # from the command line to the exit code
 
-def load_config(config_class: type, doc: str) -> tuple[TrainConfig, dict | None]:
-    """Read the command line: the config, and where the weights come from (--resume, --init_from) or None."""
-    source = {}
-
-    def base(given: dict) -> dict:
-        """Return what stands in for the defaults: of a run to resume its config, else the shape of --init_from."""
-        if given.get("resume"):
-            source.update(load_checkpoint(Path(given.get("out_dir", config_class.out_dir))))
-            return {**source["config"], "device": None}
-        with_size(given)
-        if given.get("init_from", "scratch") != "scratch":
-            source.update(load_source(Path(given["init_from"])))
-            take_shape(given, source["config"])
-        return {}
-    config = parse(config_class, presets=PRESETS | extensions.PRESETS, doc=doc, base=base)
-    if config.resume:
-        for name, value in flatten(config).items():
-            began = source["config"].get(name, value)  # a flag that is younger than the checkpoint
-            if name not in FREE_ON_RESUME and value != began:
-                began = "auto" if began is None else began
-                raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
-                                 "and would make it another run; choose another --out_dir")
-        if source["step"] >= config.max_iters:
-            raise ValueError(f"the run in {config.out_dir} has finished its {source['step']} steps; "
-                             "a larger --max_iters goes on")
-    return config, source or None
-
-
-def take_shape(given: dict, theirs: dict) -> None:
-    """Put the shape of the weights of --init_from into the flags given; only the context may be shorter."""
-    for name in ("n_layer", "n_head", "n_embd", "bias", "stable_embedding", "heads", "hidden", "block_size"):
-        fixed = theirs.get(name, getattr(GPTConfig, name))
-        mine = given.setdefault(name, fixed)
-        if mine != fixed and not (name == "block_size" and mine < fixed):
-            raise ValueError(f"--{name}={mine} does not fit the weights of --init_from={given['init_from']}, which "
-                             f"have {fixed}; drop the flag")
-
-
 def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __doc__) -> None:
     """Train, from the command line to the exit code."""
     started = time.perf_counter()
     with one_line_errors(quiet=int(os.environ.get("LOCAL_RANK", 0)) > 0):  # each machine speaks once
-        config, source = load_config(config_class, doc)
+        config, source = load_config(config_class, PRESETS | extensions.PRESETS, doc)
         out = Path(config.out_dir)
         processes = Processes(config.device)
         if not config.resume and (out / "ckpt.pt").exists():

@@ -16,11 +16,12 @@ from dataclasses import field, make_dataclass
 
 from torch import Tensor
 
+from extensions import lsq
 from model import GPT, Linear, quant_linears
 from quant import QuantConfig
 from support.config import own
 
-EXTENSIONS = {}  # name: module
+EXTENSIONS = {"lsq": lsq}  # name: module
 
 Config = make_dataclass("Config", [(name, module.Config, field(default_factory=module.Config))
                                    for name, module in EXTENSIONS.items()])

@@ -84,6 +84,8 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
                              "n_embd, block_size or the vocabulary differ")
         with torch.no_grad():
             mine.copy_(theirs)
+    if not any(".reparam." in name for name in weights):
+        model.start_reparams()
 
 
 def model_from(checkpoint: dict, linear: Linear, dtype: torch.dtype = torch.float32) -> GPT:
@@ -142,17 +144,44 @@ def load_hf(path: Path) -> dict:
     return {"config": asdict(config), "vocab_size": vocab_size, "model": weights}
 
 
+def _plain_weights(model: GPT) -> dict[str, Tensor]:
+    """Return GPT-2's own tensors: reparametrized weights as they are used, zeros where heads or units were pruned."""
+    state = {k: v for k, v in model.state_dict().items() if ".reparam." not in k and k != "lm_head.weight"}
+    state["wte.weight"] = state["wte.weight"][:model.vocab_size]  # without the padding rows
+    for name, layer in model.eval().named_modules():
+        if getattr(layer, "reparam", None) is not None:
+            state[f"{name}.weight"] = layer.used_weight().detach()
+
+    def pad(t: Tensor, dim: int, size: int) -> Tensor:
+        missing = (*t.shape[:dim], size - t.shape[dim], *t.shape[dim + 1:])
+        return torch.cat((t, t.new_zeros(missing)), dim)
+    C = model.config.n_embd
+    for name, t in state.items():  # a head of zeros, or a hidden unit, adds zero to what c_proj returns
+        if ".attn.c_attn." in name:
+            state[name] = torch.cat([pad(part, 0, C) for part in t.chunk(3)])  # q, k and v apart
+        elif ".mlp.c_fc." in name:
+            state[name] = pad(t, 0, 4 * C)
+        elif name.endswith(".c_proj.weight"):
+            state[name] = pad(t, 1, 4 * C if ".mlp." in name else C)
+    return state
+
+
 def export_hf(model: GPT, folder: Path) -> None:
-    """Write config.json and model.safetensors that `transformers` reads as GPT2LMHeadModel; fp32, padding rows cut."""
-    if not model.config.bias:
-        raise ValueError("a model trained with --bias=False does not fit Hugging Face's GPT-2, which has biases")
-    if model.config.stable_embedding:
-        raise ValueError("a model trained with --stable_embedding does not fit Hugging Face's GPT-2, which has no "
-                         "LayerNorm behind the embedding")
+    """Write config.json and model.safetensors that `transformers` reads as GPT2LMHeadModel, in fp32.
+
+    Quantizers stay behind, reparametrized weights are written as they are used, and a pruned model gets zeros in place
+    of what it lost.
+
+    Raises: ValueError for a model that GPT-2's layout cannot hold, OSError for a full disk.
+    """
+    for unfit, what in ((not model.config.bias, "trained with --bias=False: there, all layers have biases"),
+                        (model.config.stable_embedding, "trained with --stable_embedding: it has no such LayerNorm"),
+                        (getattr(model.lm_head, "reparam", None), "with a reparametrized lm_head: there, it is tied")):
+        if unfit:
+            raise ValueError(f"Hugging Face's GPT-2 does not fit a model {what}")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    state["wte.weight"] = state["wte.weight"][:model.vocab_size]
-    state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous() for k, v in state.items()}
+    state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous()
+             for k, v in _plain_weights(model).items()}
     c = model.config
     try:
         _safetensors().torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -61,6 +61,18 @@ def refuse_idle(config: typing.Any, **needs: tuple[bool, str]) -> None:
             raise ValueError(f"--{name}={value} has no effect {reason}; drop it or add that")
 
 
+def refuse_unfit(config: typing.Any, cause: str, why: str, **allowed: tuple) -> None:
+    """Refuse flags whose values do not go together with that of `cause`.
+
+    Args: allowed: for each flag, the values that do: refuse_unfit(self, "wfmt", "FP8 has 8 bits", wbits=(8,))
+    Raises: ValueError that names the first such flag.
+    """
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"--{name}={getattr(config, name)} does not fit --{cause}={getattr(config, cause)}: "
+                             f"{why}; use --{name}={' or '.join(map(str, values))}, or another --{cause}")
+
+
 def build(cls: type, values: dict) -> typing.Any:
     """Build the nested config `cls` from flat values; what is not named keeps its default.
 

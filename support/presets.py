@@ -1,6 +1,16 @@
-"""Presets: dicts of differences from the defaults, composed from left to right by --preset=a,b."""
+"""From train.py's command line to its config: presets, and what a run takes from the one it goes on from.
+
+A preset is a dict of differences from the defaults; --preset=a,b composes them from left to right.
+"""
+
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from model import GPTConfig
+from support.checkpoint import load_checkpoint, load_source
+from support.config import flatten, parse
 
 SIZES = {
     # minutes on two cores of a laptop
@@ -68,3 +78,42 @@ def with_size(given: dict) -> None:
     if not any(name in SIZES for name in names):
         on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
         given["preset"] = ",".join(["gpt2" if on_gpu else "tiny", *names])
+
+
+def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple[Any, dict | None]:
+    """Read train.py's command line: the config, and what --resume or --init_from names (None without them)."""
+    source = {}
+
+    def base(given: dict) -> dict:
+        """Return what stands in for the defaults: of a run to resume its config, else the shape of --init_from."""
+        if given.get("resume"):
+            source.update(load_checkpoint(Path(given.get("out_dir", config_class.out_dir))))
+            return {**source["config"], "device": None}
+        with_size(given)
+        if given.get("init_from", "scratch") != "scratch":
+            source.update(load_source(Path(given["init_from"])))
+            take_shape(given, source["config"])
+        return {}
+
+    config = parse(config_class, presets=presets, doc=doc, base=base)
+    if config.resume:
+        for name, value in flatten(config).items():
+            began = source["config"].get(name, value)  # a flag that is younger than the checkpoint
+            if name not in FREE_ON_RESUME and value != began:
+                began = "auto" if began is None else began
+                raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
+                                 "and would make it another run; choose another --out_dir")
+        if source["step"] >= config.max_iters:
+            raise ValueError(f"the run in {config.out_dir} has finished its {source['step']} steps; "
+                             "a larger --max_iters goes on")
+    return config, source or None
+
+
+def take_shape(given: dict, theirs: dict) -> None:
+    """Put the shape of the weights of --init_from into the flags given; only the context may be shorter."""
+    for name in ("n_layer", "n_head", "n_embd", "bias", "stable_embedding", "heads", "hidden", "block_size"):
+        fixed = theirs.get(name, getattr(GPTConfig, name))
+        mine = given.setdefault(name, fixed)
+        if mine != fixed and not (name == "block_size" and mine < fixed):
+            raise ValueError(f"--{name}={mine} does not fit the weights of --init_from={given['init_from']}, which "
+                             f"have {fixed}; drop the flag")

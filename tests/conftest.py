@@ -1,10 +1,86 @@
-"""What every test shares: one thread (the numbers do not depend on the machine) and hypothesis without a deadline."""
+"""What every test shares: one thread, hypothesis without a deadline, a small data set, programs run in this process.
 
+A run here is a GPT-2 with one block of 32 channels for a few steps, uncompiled unless said otherwise.
+"""
+
+import json
 import os
+import signal
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the numbers do not depend on the machine
 settings.register_profile("nanoqpt", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("nanoqpt")
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--preset=tiny", "--dataset=text", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32",
+         "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=2", "--log_interval=1",
+         "--eval_tokens=512", "--warmup_iters=2", "--sample_tokens=10", "--compile=False", "--device=cpu",
+         "--dtype=float32"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with the dataset `text`: bytes of this repository's own source."""
+    from prepare_data import DataConfig, PrepareConfig, prepare
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "source.txt"
+    source.write_text("\n<|endoftext|>\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
+    prepare(PrepareConfig(input=str(source), val_input=str(source), tokenizer="bytes", processes=1,
+                          data=DataConfig("text", str(folder))))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a program's main in this process: call(main, *flags) -> (exit code, stdout, stderr)."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(main, *flags):
+        monkeypatch.setattr(sys, "argv", ["program.py", *map(str, flags)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leave:
+            code = leave.code
+        return code, *capsys.readouterr()
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(call, data):
+    """Run train.py in this process: run(out_dir, *flags) -> (exit code, stdout, stderr)."""
+    import train
+
+    def run(out, *flags, small=SMALL, main=train.main):
+        return call(main, *small, f"--data_dir={data}", f"--out_dir={out}", *flags)
+    return run
+
+
+def read(out):
+    """Read log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in lines]
+
+
+def column(out, key):
+    """Return what log.jsonl says of one key, line by line."""
+    return [line[key] for line in read(out) if key in line]
+
+
+def same(a, b):
+    """Compare checkpoints bit for bit, the folder's name apart."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(same(a[k], b[k]) for k in a if k not in ("out_dir", "resume"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,40 +1,66 @@
-"""The shape of the house: who imports whom, and what must stand nowhere."""
+"""The shape of the house: who imports whom, how long things are, and what must stand nowhere."""
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(ROOT.glob("*.py"))
-LEVELS = [{"config", "log", "quant", "prepare_data"}, {"optim", "int8"}, {"model"}, {"eval"},
-          {"train"}, {"bench", "analyze", "sweep"}]  # a file imports from lower levels only; all may import config
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("extensions/*.py")])
+NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+# A file imports from lower levels only, so each can be read knowing only those below it.
+LEVELS = [{"support", "support.config", "support.device"}, {"quant", "prepare_data"}, {"optim", "int8", "support.log"},
+          {"model"}, {"support.checkpoint"}, {"support.presets", "extensions"}, {"eval"}, {"train"},
+          {"bench", "analyze", "sweep"}]
 
 
 def imports(path):
-    """Return the top-level names a file imports, wherever in the file it does so."""
+    """Return the modules a file imports, wherever in the file it does so."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    return {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names} | {
-        n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+    return {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names} | {
+        n.module for n in nodes if isinstance(n, ast.ImportFrom)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
 def test_imports_go_downward(path):
-    """No file imports a file of its own level or above, so each can be read knowing only those below it."""
-    level = next(i for i, names in enumerate(LEVELS) if path.stem in names)
-    above = set().union(*LEVELS[level:]) - ({"config"} if path.stem != "config" else set())
-    assert not imports(path) & above
+    """No file imports a file of its own level or above, and none but the list knows an extension by its name."""
+    name = NAMES[path]
+    mine, theirs = imports(path), imports(path) & {n for names in LEVELS for n in names}
+    if name.startswith("extensions."):  # each stands for itself
+        assert not mine & {n for n in NAMES.values() if n.startswith("extensions")}
+        assert not theirs & {"eval", "bench", "analyze", "sweep"}
+        return
+    level = next(i for i, names in enumerate(LEVELS) if name in names)
+    assert not theirs & set().union(*LEVELS[level:])
+    assert name == "extensions" or not any(other.startswith("extensions.") for other in mine)
+
+
+def test_deleting_the_extensions_leaves_the_rest_whole(tmp_path):
+    """In a copy of the tree without extensions, and without their lines in the list, everything else works."""
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".git*", "data", "out*", ".venv*"))
+    text = (tree / "extensions" / "__init__.py").read_text()
+    for path in tree.glob("extensions/[!_]*.py"):
+        path.unlink()
+        (tree / "tests" / f"test_{path.name}").unlink(missing_ok=True)
+        assert f'"{path.stem}": {path.stem}' in text
+    text = re.sub(r"^from extensions import .*\n", "", text, flags=re.MULTILINE)
+    (tree / "extensions" / "__init__.py").write_text(re.sub(r"EXTENSIONS = {.*}", "EXTENSIONS = {}", text))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    for more in (["--collect-only"], ["tests/test_config.py", "tests/test_eval.py", "-k", "flags or prints"]):
+        done = subprocess.run([*command, *more], cwd=tree, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_dependencies_are_the_declared_ones():
-    """The root imports torch, numpy, tiktoken and tqdm; what is optional is imported where it is used."""
+    """The code imports torch, numpy, tiktoken and tqdm; what is optional is imported where it is used."""
     needed = {"torch", "numpy", "tiktoken", "tqdm"}
-    optional = {"safetensors", "zstandard", "matplotlib", "torchao", "bitsandbytes"}
+    optional = {"safetensors", "zstandard", "matplotlib", "torchao", "bitsandbytes", "datasets", "wandb"}
+    ours = {name.split(".")[0] for name in NAMES.values()}
     for path in FILES:
-        foreign = imports(path) - set(sys.stdlib_module_names) - {p.stem for p in FILES}
+        foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - ours
         assert foreign <= needed | optional, path.name
         top = {a.name.split(".")[0] for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)
                for a in n.names}
@@ -42,9 +68,9 @@ def test_dependencies_are_the_declared_ones():
     assert needed == {re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [path for path in FILES if path.read_text()], ids=NAMES.get)
 def test_a_file_explains_itself(path):
-    """A module docstring, and one for every public function, class and method; plain ASCII."""
+    """A module docstring, one for every public function, class and method; plain ASCII; lines that fit a screen."""
     text = path.read_text()
     tree = ast.parse(text)
     assert text.isascii() and ast.get_docstring(tree)
@@ -53,6 +79,24 @@ def test_a_file_explains_itself(path):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") \
                     and not (node.name in ("forward", "backward") and scope.name.startswith("_")):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_lines_fit_a_screen():
+    """At most 5 % of the lines of code are longer than 100 characters."""
+    lines = [line for path in FILES for line in path.read_text().splitlines() if line.strip()[:1] not in ("", "#")]
+    assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
+
+
+def test_readme_counts_lines():
+    """README's reading order says how long each file is, to ten lines, and its links lead somewhere."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \d+ \| \[([\w/.]+)\]\([\w/.]+\) \| (\d+) \|", text, re.MULTILINE)
+    assert len(rows) >= 8
+    for name, said in rows:
+        if (ROOT / name).exists():
+            assert abs(len((ROOT / name).read_text().splitlines()) - int(said)) <= 10, name
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists() or target.startswith("extensions/"), target
 
 
 def test_no_placeholders():

@@ -1,80 +1,32 @@
 """The loop, through its real command line: reproducible, resumable, parallel, and clear about bad input.
 
-A run here is a GPT-2 with one block of 32 channels for a few steps, uncompiled unless said otherwise. Runs that must
-die or form a group live in processes forked from a server that has imported torch already.
+Runs that must die or form a group live in processes forked from a server that has imported torch already.
 """
 
-import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SMALL, column, read, same
 
+import extensions
 import train
-from prepare_data import DataConfig, PrepareConfig, prepare
+from support import device
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.config import build, flatten
+from support.presets import PRESETS, SIZES
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--preset=tiny", "--dataset=text", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32",
-         "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=2", "--log_interval=1",
-         "--eval_tokens=512", "--warmup_iters=2", "--sample_tokens=10", "--compile=False", "--device=cpu",
-         "--dtype=float32"]
 W8A8 = ["--wbits=8", "--abits=8"]
 RANDOM = [*W8A8, "--gbits=8", "--rounding=stochastic", "--dropout=0.1",  # all that draws random numbers
           "--m1bits=8", "--m1round=stochastic", "--m2bits=4", "--m2round=stochastic"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder with the dataset `text`: bytes of this repository's own source."""
-    folder = tmp_path_factory.mktemp("data")
-    source = folder / "source.txt"
-    source.write_text("\n<|endoftext|>\n".join(p.read_text() for p in sorted(ROOT.glob("*.py"))))
-    prepare(PrepareConfig(input=str(source), val_input=str(source), tokenizer="bytes", processes=1,
-                          data=DataConfig("text", str(folder))))
-    return folder
-
-
-@pytest.fixture
-def run(data, monkeypatch, capsys):
-    """Run train.py in this process: run(out_dir, *flags) -> (exit code, stdout, stderr)."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(out, *flags, small=SMALL):
-        monkeypatch.setattr(sys, "argv", ["train.py", *small, f"--data_dir={data}", f"--out_dir={out}", *flags])
-        with pytest.raises(SystemExit) as leave:
-            train.main()
-        captured = capsys.readouterr()
-        return leave.value.code, captured.out, captured.err
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def log(out):
-    """Read log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in lines]
-
-
-def same(a, b):
-    """Compare checkpoints bit for bit, the folder's name apart."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return set(a) == set(b) and all(same(a[k], b[k]) for k in a if k not in ("out_dir", "resume"))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def child(argv, variables):
@@ -101,7 +53,7 @@ def spawn(argv, target=child, **variables):
 def test_a_run_from_start_to_report(run, tmp_path):
     """The files, the lines of log.jsonl and the report are what README says, and the loss falls."""
     code, out, err = run(tmp_path / "a", *W8A8, "--max_iters=40", "--eval_interval=20", "--learning_rate=1e-2")
-    lines = log(tmp_path / "a")
+    lines = read(tmp_path / "a")
     assert code == 0 and not err
     assert lines[0]["config"]["wbits"] == 8 and lines[-1] == {"status": "finished", "step": 40}
     training = [line for line in lines if "loss" in line]
@@ -119,7 +71,7 @@ def test_a_run_from_start_to_report(run, tmp_path):
 def test_the_same_seed_is_the_same_run(run, tmp_path):
     """Twice the same command: every number the same; another seed: another run."""
     run(tmp_path / "a", *RANDOM), run(tmp_path / "b", *RANDOM), run(tmp_path / "c", *RANDOM, "--seed=1")
-    a, b, c = (log(tmp_path / name) for name in "abc")
+    a, b, c = (read(tmp_path / name) for name in "abc")
     assert a[1:] == b[1:] and a[1:] != c[1:]
     assert same(*(load_checkpoint(tmp_path / name) for name in "ab"))
 
@@ -128,7 +80,7 @@ def test_accumulation_is_a_larger_batch(run, tmp_path):
     """8 sequences at once or 2 x 4 are the same step, to rounding (per-token scales do not mix sequences)."""
     run(tmp_path / "a", *W8A8)
     run(tmp_path / "b", *W8A8, "--batch_size=8", "--gradient_accumulation_steps=1")
-    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    a, b = (column(tmp_path / name, "loss") for name in "ab")
     assert a == pytest.approx(b, abs=1e-3)
 
 
@@ -139,26 +91,33 @@ def test_learning_rate():
     assert lrs == pytest.approx([1 / 11, 10 / 11, 1.0, 0.55, 0.1, 0.1])
 
 
+def test_wsd():
+    """The same warm-up, then the peak until a fifth of the run is left, then a straight line to min_lr."""
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=100, schedule="wsd")
+    lrs = [train.learning_rate(step, config) for step in (0, 9, 10, 79, 80, 90, 100, 1000)]
+    assert lrs == pytest.approx([1 / 11, 10 / 11, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1])
+
+
 def test_bf16_follows_fp32(run, tmp_path):
     """bfloat16 activations over fp32 weights give nearly the losses of fp32, and fp32 checkpoints."""
     run(tmp_path / "a", *W8A8), run(tmp_path / "b", *W8A8, "--dtype=bfloat16")
-    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    a, b = (column(tmp_path / name, "loss") for name in "ab")
     assert a == pytest.approx(b, abs=0.03) and a != b
     assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path / "b")["model"].values())
 
 
-@pytest.mark.parametrize("name", [name for name in train.PRESETS if name not in train.SIZES])
+@pytest.mark.parametrize("name", [name for name in PRESETS | extensions.PRESETS if name not in SIZES])
 def test_every_preset_runs(name, run, tmp_path):
     """Each experiment of the paper takes steps and is in the config that log.jsonl records."""
-    code, _, _ = run(tmp_path / "a", f"--preset=tiny,{name}", "--max_iters=2")
-    assert code == 0
-    recorded = log(tmp_path / "a")[0]["config"]
-    assert {k: recorded[k] for k in train.PRESETS[name]} == train.PRESETS[name]
+    flags = (PRESETS | extensions.PRESETS)[name]
+    assert run(tmp_path / "a", f"--preset=tiny,{name}", "--max_iters=2", "--eval_interval=9")[0] == 0
+    recorded = read(tmp_path / "a")[0]["config"]
+    assert {k: recorded[k] for k in flags} == flags
 
 
 def test_sizes_are_gpt2s():
     """The presets of sizes are valid configs, and all but tiny and paper keep 512 sequences a step."""
-    for name, values in train.SIZES.items():
+    for name, values in SIZES.items():
         config = build(train.TrainConfig, values)
         assert name in ("tiny",) or config.batch_size * config.gradient_accumulation_steps == 512
 
@@ -166,46 +125,36 @@ def test_sizes_are_gpt2s():
 def test_compiled_run_follows_eager(run, tmp_path):
     """torch.compile changes roundings only: 6 steps of W8A8 to 1e-4."""
     run(tmp_path / "a", *W8A8), run(tmp_path / "b", *W8A8, "--compile=True")
-    a, b = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in "ab")
+    a, b = (column(tmp_path / name, "loss") for name in "ab")
     assert a == pytest.approx(b, abs=1e-4)
     torch.compiler.reset()
 
 
 def test_no_compiler_is_said_aloud(run, tmp_path, monkeypatch):
     """Without a C++ compiler the run is eager, and says so."""
-    monkeypatch.setattr(train, "can_compile", lambda: False)
+    monkeypatch.setattr(device, "can_compile", lambda: False)
     code, out, _ = run(tmp_path / "a", "--compile=True", "--max_iters=1")
     assert code == 0 and "compile=False (no C++ compiler" in out
 
 
-def test_compare_to(run, tmp_path):
-    """The report shows another run's loss at the last step both evaluated."""
-    run(tmp_path / "a")
-    _, out, _ = run(tmp_path / "b", *W8A8, f"--compare_to={tmp_path / 'a'}", "--max_iters=4")
-    a, b = ({line["step"]: line["val_loss"] for line in log(tmp_path / n) if "val_loss" in line} for n in "ab")
-    assert f"at step 4: val_loss {a[4]:.4f}; this run {b[4]:.4f}, difference {b[4] - a[4]:+.4f} nats" in out
-
-
-def test_init_from_checkpoint(run, tmp_path):
-    """--init_from takes the weights of a checkpoint and begins at step 0."""
-    run(tmp_path / "a")
-    _, out, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--max_iters=1")
-    first = next(line for line in log(tmp_path / "b") if "val_loss" in line)
-    last = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]
-    assert first["step"] == 0 and first["val_loss"] == last["val_loss"]
-
-
-def test_init_from_hugging_face(run, data, tmp_path):
-    """--init_from takes a folder in Hugging Face's layout, and the shape that is in it; the vocabulary must fit."""
-    pytest.importorskip("safetensors")
-    from model import export_hf, model_from
+@pytest.mark.parametrize("kind", ["checkpoint", "hugging face"])
+def test_init_from(kind, run, call, tmp_path):
+    """--init_from takes weights and shape of a checkpoint or a Hugging Face folder, and begins at step 0."""
+    import eval as evaluation
     run(tmp_path / "a", "--max_iters=2")
-    export_hf(model_from(load_checkpoint(tmp_path / "a")), tmp_path / "hf")
-    code, _, _ = run(tmp_path / "b", f"--init_from={tmp_path / 'hf'}", "--max_iters=1", "--n_layer=3", "--keep8=both")
-    first = next(line for line in log(tmp_path / "b") if "val_loss" in line)
-    last = [line for line in log(tmp_path / "a") if "val_loss" in line][-1]
-    assert code == 0 and first["val_loss"] == last["val_loss"]
+    source = tmp_path / "a"
+    if kind == "hugging face":
+        pytest.importorskip("safetensors")
+        source = tmp_path / "hf"
+        assert call(evaluation.main, f"--ckpt={tmp_path / 'a'}", f"--export={source}")[0] == 0
+    small = [flag for flag in SMALL if not flag.startswith(("--n_", "--block_size"))]
+    code, _, _ = run(tmp_path / "b", f"--init_from={source}", "--max_iters=1", "--keep8=both", small=small)
+    assert code == 0 and column(tmp_path / "b", "val_loss")[0] == column(tmp_path / "a", "val_loss")[-1]
     assert (config := load_checkpoint(tmp_path / "b")["config"])["n_layer"] == 1 and config["keep8"] == "both"
+    code, _, _ = run(tmp_path / "c", f"--init_from={source}", "--max_iters=1", "--block_size=16", small=small)
+    assert code == 0 and len(load_checkpoint(tmp_path / "c")["model"]["wpe.weight"]) == 16
+    code, _, err = run(tmp_path / "d", f"--init_from={source}", "--n_layer=3", small=small)
+    assert code == 2 and "--n_layer=3 does not fit the weights of --init_from" in err and "which have 1" in err
 
 
 # -----------------------------------------------------------------------------
@@ -224,12 +173,12 @@ def test_signal_then_resume_is_bitwise(number, at, run, tmp_path, monkeypatch):
         return step(self)
     monkeypatch.setattr(train.Run, "train_step", interrupted)
     code, out, _ = run(tmp_path / "cut", *RANDOM)
-    assert code == 128 + number and "--resume" in out and log(tmp_path / "cut")[-1]["status"] == "interrupted"
+    assert code == 128 + number and "--resume" in out and read(tmp_path / "cut")[-1]["status"] == "interrupted"
     monkeypatch.setattr(train.Run, "train_step", step)
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # as a crash would leave it
     code, _, _ = run(tmp_path / "cut", "--resume", small=[])
-    assert code == 0 and log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+    assert code == 0 and read(tmp_path / "cut")[1:] == read(tmp_path / "whole")[1:]
     for name in ("ckpt.pt", "ckpt_best.pt"):
         assert same(load_checkpoint(tmp_path / "cut" / name), load_checkpoint(tmp_path / "whole" / name))
 
@@ -252,7 +201,7 @@ def test_sigkill_at_random_points(run, data, tmp_path):
         process.join()
         kills += 1
     assert process.exitcode == 0 and kills >= 3
-    assert log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+    assert read(tmp_path / "cut")[1:] == read(tmp_path / "whole")[1:]
     assert same(load_checkpoint(tmp_path / "cut"), load_checkpoint(tmp_path / "whole"))
 
 
@@ -284,7 +233,7 @@ def test_a_signal_in_the_last_step_changes_nothing(run, tmp_path, monkeypatch):
         return step(self)
     monkeypatch.setattr(train.Run, "train_step", last)
     code, out, _ = run(tmp_path / "a")
-    assert code == 0 and "sample:" in out and log(tmp_path / "a")[-1]["status"] == "finished"
+    assert code == 0 and "sample:" in out and read(tmp_path / "a")[-1]["status"] == "finished"
 
 
 def test_a_run_shorter_than_its_warmup_can_be_resumed(run, tmp_path, monkeypatch):
@@ -297,14 +246,14 @@ def test_a_run_shorter_than_its_warmup_can_be_resumed(run, tmp_path, monkeypatch
     assert run(tmp_path / "cut", *flags)[0] == 128 + signal.SIGTERM
     monkeypatch.setattr(train.Run, "train_step", step)
     assert run(tmp_path / "cut", "--resume", small=[])[0] == 0
-    assert log(tmp_path / "cut")[1:] == log(tmp_path / "whole")[1:]
+    assert read(tmp_path / "cut")[1:] == read(tmp_path / "whole")[1:]
 
 
 def test_divergence_is_a_result(run, tmp_path):
     """A non-finite loss ends the run with code 3 and its own status; the last checkpoint is finite."""
     code, out, err = run(tmp_path / "a", "--learning_rate=1e30", "--min_lr=1e30", "--grad_clip=0", "--warmup_iters=0")
     assert code == 3 and "diverged at step 1" in out and not err
-    assert log(tmp_path / "a")[-1] == {"status": "diverged", "step": 1}
+    assert read(tmp_path / "a")[-1] == {"status": "diverged", "step": 1}
     assert all(t.isfinite().all() for t in load_checkpoint(tmp_path / "a")["model"].values())
 
 
@@ -343,7 +292,7 @@ def test_two_processes_follow_one(flags, run, data, tmp_path):
     flags = [*W8A8, *flags, "--max_iters=50", "--eval_interval=25"]
     run(tmp_path / "one", *flags)
     assert group([*SMALL, *flags, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}"], 2) == [0, 0]
-    one, two = log(tmp_path / "one")[1:], log(tmp_path / "two")[1:]
+    one, two = read(tmp_path / "one")[1:], read(tmp_path / "two")[1:]
     for a, b in zip(one, two, strict=True):
         assert set(a) == set(b)
         for key in {"loss", "val_loss"} & set(a):
@@ -394,7 +343,7 @@ def test_a_micro_batch_is_split_over_processes(world, batch, accumulation, becom
     """More processes than micro-batches: each gets a smaller one, and the global batch stays what it was."""
     config = build(train.TrainConfig, dict(batch_size=batch, gradient_accumulation_steps=accumulation))
     processes = type("P", (), {"world": world, "device": "cpu", "print": staticmethod(print)})
-    train.resolve(config, processes)
+    device.resolve(config, processes)
     assert (config.batch_size, config.gradient_accumulation_steps) == becomes
 
 
@@ -404,7 +353,7 @@ def test_torchrun(data, tmp_path):
                *W8A8, f"--data_dir={data}", f"--out_dir={tmp_path / 'a'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert log(tmp_path / "a")[-1]["status"] == "finished" and done.stdout.count("sample:") == 1
+    assert read(tmp_path / "a")[-1]["status"] == "finished" and done.stdout.count("sample:") == 1
     command[-1] = f"--out_dir={tmp_path / 'b'}"
     failed = subprocess.run([*command, "--gradient_accumulation_steps=3"], cwd=ROOT, capture_output=True, text=True,
                             timeout=300)
@@ -430,14 +379,16 @@ def test_torchrun(data, tmp_path):
     (["--learning_rate=nan"], "--learning_rate=nan must be at least 0"),
     (["--beta2=1"], "--beta2=1.0 must lie in [0, 1)"),
     (["--m1bits=5"], "argument --m1bits: invalid choice: 5"),
-    (["--m2fmt=linear"], "--m2fmt=linear has no effect with --m2bits=32"),
+    (["--m2fmt=linear"], "--m2fmt=linear has no effect "),
+    (["--schedule=wsd", "--wsd_decay=0"], "--wsd_decay=0.0 must lie in (0, 1]"),
+    (["--wsd_decay=0.5"], "--wsd_decay=0.5 has no effect without --schedule=wsd"),
+    (["--heads=1,2"], "--heads=1,2 must be 1 numbers (n_layer) from 1 to 2"),
     (["--wbits=8", "--gemm=int8"], "--gemm=int8 has no effect without --wbits and --abits below 32"),
     (["--preset=int8", "--asym"], "--asym=True does not fit --gemm=int8"),
     (["--preset=fp8", "--gemm=int8"], "--wfmt=e4m3 does not fit --gemm=int8"),
     (["--preset=fp8", "--gbits=4"], "--gbits=4 does not fit --gfmt=e5m2"),
-    (["--afmt=e4m3"], "--afmt=e4m3 has no effect without --abits=8"),
+    (["--afmt=e4m3"], "--afmt=e4m3 has no effect without --abits below 32"),
     (["--block_size=1000000"], "use a smaller --block_size"),
-    (["--compare_to=nowhere"], "--compare_to=nowhere: there is no"),
     (["--init_from=nowhere"], "nowhere"),
     (["--seed=-1"], "--seed=-1 must be at least 0"),
     (["--max_iters=1e3"], "invalid int value: '1e3'"),
@@ -469,7 +420,6 @@ def test_out_dir_of_another_run(run, tmp_path):
 ])
 def test_damaged_data(damage, message, run, data, tmp_path):
     """Truncated, changed and missing shards are found before training begins."""
-    import shutil
     shutil.copytree(data / "text", tmp_path / "data" / "text")
     damage(tmp_path / "data" / "text")
     code, _, err = run(tmp_path / "a", f"--data_dir={tmp_path / 'data'}")
@@ -492,12 +442,11 @@ def test_damaged_checkpoint(run, data, tmp_path):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_missing_trackers(name, run, tmp_path, monkeypatch):
+def test_missing_tracker(run, tmp_path, monkeypatch):
     """A tracker that is not installed is an error that names the command."""
-    monkeypatch.setitem(sys.modules, name, None)
-    code, _, err = run(tmp_path / "a", f"--{name}")
-    assert code == 2 and f"pip install {name}" in err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run(tmp_path / "a", "--wandb")
+    assert code == 2 and "pip install wandb" in err
 
 
 def test_flatten_of_the_whole_config_is_plain():

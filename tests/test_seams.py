@@ -1,0 +1,211 @@
+"""The seams: a stranger that uses each of them trains, resumes, is evaluated and exported by the ordinary programs.
+
+The stranger is what an extension or a program on train.Run may be, in its shortest form. Nothing in the core knows it.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import SMALL, column, read, same
+from torch import Tensor
+
+import eval as evaluation
+import extensions
+import train
+from eval import shares_scales
+from model import GPT, GPTConfig, quant_linears
+from optim import param_groups
+from quant import QuantConfig, Quantizer, Recipe
+from support.checkpoint import load_checkpoint, load_hf, model_from
+from support.config import own
+
+
+@dataclass
+class StrangerConfig:
+    """The stranger's flags."""
+    stranger: str = ""  # which seams it uses
+    weight: float = 0.1  # of its term of the loss
+
+
+class Packed(NamedTuple):
+    """Signs and one scale per row, as something that quant.py has never heard of would keep them."""
+    signs: Tensor  # bool
+    scale: Tensor  # (R, 1) fp32
+
+    def unpack(self):
+        return (self.signs * 2.0 - 1.0) * self.scale
+
+
+class OneBit:
+    """A slot with a format of its own."""
+
+    def quantize(self, x):
+        return Packed(x > 0, x.float().abs().mean(1, keepdim=True))
+
+    def __call__(self, x):
+        return self.quantize(x).unpack().to(x.dtype)
+
+
+class Gain(nn.Module):
+    """A reparam with a parameter of its own, per output row, learned ten times as fast."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.lr_scale, self.gain = 10.0, nn.Parameter(torch.zeros(rows, 1))  # 2-D: must not be drawn, nor decay
+
+    def forward(self, w):
+        return w * (1 + self.gain)
+
+
+def stranger_linears(config, flat, linear):
+    """Slots, early backward, reparam: the factory that the flags ask for."""
+    recipe = Recipe(output_input=Quantizer(8, (1, None)), output_weight=OneBit(), grad_weight_input=OneBit(),
+                    backward="early")
+
+    def make(name, n, k, bias):
+        layer = (quant_linears(own(QuantConfig, flat), flat["n_layer"], lambda *_: recipe) if "slots" in config.stranger
+                 else linear)(name, n, k, bias)
+        if "reparam" in config.stranger and name != "lm_head":
+            layer.reparam = Gain(k)
+        return layer
+    return make if config.stranger else linear
+
+
+def stranger_losses(config, model):
+    """A term of the loss: the mean square of the gains, times a weight."""
+    gains = [p for name, p in model.named_parameters() if name.endswith("gain")]
+    return {"penalty": config.weight * sum((1 + g).square().mean() for g in gains)} if "loss" in config.stranger else {}
+
+
+def stranger_at_step(config, model, step):
+    """Switch the recipe of the first block off from step 3 on."""
+    if "switch" in config.stranger and step >= 3:
+        model.h[0].mlp.c_fc.recipe = None
+
+
+@dataclass
+class Config(train.TrainConfig):
+    """A config that inherits every flag of train.py."""
+    mine: StrangerConfig = field(default_factory=StrangerConfig)
+
+
+class Run(train.Run):
+    """A program that trains, evaluates and keeps something else: tests below say which."""
+
+    def make_objective(self):
+        objective = nn.Module()
+        objective.gpt, objective.bias = self.raw, nn.Parameter(torch.zeros(()))
+        objective.forward = lambda x, y: self.raw(x, y) + (objective.bias - 1).square()
+        self.bias = objective.bias
+        return objective
+
+    def make_optimizer(self):
+        optimizer = super().make_optimizer()
+        optimizer.add_param_group({"params": [self.bias], "m1": (32,), "m2": (32,), "lr_scale": 2.0})
+        self.steps = 0
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "steps", self.steps + 1))
+        return optimizer
+
+    def evaluated_model(self):
+        return self.raw
+
+    def extra_state(self):
+        return {"bias": self.bias.data, "steps": self.steps}
+
+    def load_extra_state(self, state):
+        self.bias.data.copy_(state["bias"])
+        self.steps = state["steps"]
+
+
+@pytest.fixture(autouse=True)
+def a_stranger(monkeypatch):
+    """Enter the stranger into the list of extensions."""
+    module = SimpleNamespace(Config=StrangerConfig, linears=stranger_linears, losses=stranger_losses,
+                             at_step=stranger_at_step)
+    monkeypatch.setitem(extensions.EXTENSIONS, "stranger", module)
+
+
+CASES = {
+    "slots": [], "slots,switch": ["--skip_blocks=-1", "--n_layer=2"], "reparam": ["--m1bits=8", "--m2bits=8"],
+    "reparam,loss": ["--gradient_accumulation_steps=3"], "slots,reparam,loss,switch": ["--compile=True"],
+    "": ["--heads=1,2", "--hidden=40,8", "--n_layer=2", "--keep8=both", "--schedule=wsd", "--wsd_decay=0.5"],
+}
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_a_stranger_is_at_home(which, run, call, data, tmp_path):
+    """Trained, interrupted and resumed bitwise; eval.py prints its loss; exported, it is the model that eval.py saw."""
+    pytest.importorskip("safetensors")
+    flags = [f"--stranger={which}", *CASES[which], "--lr_decay_iters=6"]
+    main = lambda: train.main(Config)  # noqa: E731 (as short as it gets)
+    assert run(tmp_path / "whole", *flags, main=main)[0] == 0
+    assert run(tmp_path / "cut", *flags, "--max_iters=4", main=main)[0] == 0
+    code, _, err = run(tmp_path / "cut", "--resume", "--max_iters=6", small=[], main=main)
+    assert code == 0, err
+    ours, whole = (load_checkpoint(tmp_path / name) for name in ("cut", "whole"))
+    assert same({**ours, "config": 0}, {**whole, "config": 0})
+    losses = column(tmp_path / "whole", "loss")
+    assert ("penalty" in read(tmp_path / "whole")[2]) == ("loss" in which)
+    if "loss" in which:  # a mean over micro-batches, near its value at the start, and not part of the loss
+        assert column(tmp_path / "whole", "penalty")[0] == pytest.approx(0.4, rel=1e-3) and losses[0] < math_log_vocab
+    # evaluated as trained, and without quantizers
+    code, out, err = call(evaluation.main, f"--ckpt={tmp_path / 'whole'}", "--sample_tokens=0")
+    assert code == 0 and f"val_loss {column(tmp_path / 'whole', 'val_loss')[-1]:.4f} nats" in out, err
+    code, off, _ = call(evaluation.main, f"--ckpt={tmp_path / 'whole'}", "--sample_tokens=0", "--quantizers=off")
+    assert code == 0 and (("slots" in which) == (off.splitlines()[1] != out.splitlines()[1]) or "reparam" in which)
+    # exported: the same function but for the recipe, in GPT-2's own shape and names
+    assert call(evaluation.main, f"--ckpt={tmp_path / 'whole'}", f"--export={tmp_path / 'hf'}")[0] == 0
+    linear = extensions.linears({**whole["config"], "stranger": which.replace("slots", "")})
+    model, loaded = model_from(whole, linear).eval(), load_hf(tmp_path / "hf")
+    plain = model_from(loaded, quant_linears(QuantConfig(), loaded["config"]["n_layer"]))
+    idx = torch.arange(24)[None]
+    assert torch.allclose(plain(idx)[..., :257], model(idx)[..., :257], atol=1e-5)
+
+
+math_log_vocab = 6.0  # above ln 257 = 5.55, below that plus the penalty
+
+
+def test_a_program_of_its_own(run, tmp_path):
+    """Another objective with a parameter outside the GPT, a group, a step hook, extra state: resumed bitwise."""
+    main = lambda: train.main(Config, Run)  # noqa: E731
+    flags = ["--lr_decay_iters=6", "--learning_rate=0.1"]
+    assert run(tmp_path / "whole", *flags, main=main)[0] == 0
+    assert run(tmp_path / "cut", *flags, "--max_iters=4", main=main)[0] == 0
+    assert run(tmp_path / "cut", "--resume", "--max_iters=6", small=[], main=main)[0] == 0
+    ours, whole = (load_checkpoint(tmp_path / name) for name in ("cut", "whole"))
+    assert same({**ours, "config": 0}, {**whole, "config": 0}) and whole["extra"]["steps"] == 6
+    assert 0 < whole["extra"]["bias"] <= 2.1  # Adam's steps are 2 x lr
+    assert column(tmp_path / "whole", "loss")[0] > column(tmp_path / "whole", "val_loss")[0] + 0.9
+
+
+def test_reparams_have_a_group_of_their_own():
+    """Gains start where they were put, do not decay, keep fp32 moments, and are learned at their own rate."""
+    flat = {"n_layer": 1, "stranger": "reparam"}
+    model = GPT(GPTConfig(1, 2, 32, 16), 50, extensions.linears(flat))
+    gains = {id(p) for name, p in model.named_parameters() if ".reparam." in name}
+    assert len(gains) == 4 and all((m.reparam.gain == 0).all() for m in model.modules() if hasattr(m, "reparam") and
+                                   m.reparam)
+    config = train.build_optim() if hasattr(train, "build_optim") else train.OptimConfig(m1bits=8, m2bits=8)
+    group, = (g for g in param_groups(model, config) if g.get("lr_scale", 1.0) != 1.0)
+    assert {id(p) for p in group["params"]} == gains
+    assert group["weight_decay"] == 0 and group["m1"] == group["m2"] == (32,) and group["lr_scale"] == 10.0
+
+
+def test_shared_scales_of_strangers():
+    """A foreign quantizer that does not say what shares a scale is taken for one that shares it over tokens."""
+    def model(slot):
+        return GPT(GPTConfig(1, 2, 32, 16), 50, quant_linears(QuantConfig(), 1, lambda *_: Recipe(output_input=slot)))
+    assert not shares_scales(model(None)) and not shares_scales(model(Quantizer(8, (1, None))))
+    assert shares_scales(model(OneBit())) and shares_scales(model(torch.sign)) and shares_scales(model(Quantizer(8)))
+
+
+def test_flags_of_an_inherited_config(call, capsys):
+    """A config that inherits shows every flag once, under the file that declares it, with its comment."""
+    code, out, _ = call(lambda: train.main(Config), "--help")
+    assert code == 0 and out.count("--max_iters ") == out.count("--weight ") == 1
+    assert "of its term of the loss [0.1]" in " ".join(out.split()) and "optimizer steps" in out
+    assert SMALL
