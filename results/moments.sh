@@ -33,9 +33,9 @@ for seed in ${SEEDS:-1 2 3}; do for beta2 in ${BETA2:-0.999 0.95}; do
   # cat ends when the last run has: each has the pipe as fd 3, also one that is still saving when xargs is gone
   done; done; done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one 3>&1 | (trap '' INT TERM; cat)
 
-"$PYTHON" - <<'EOF'
+PYTHONPATH=. "$PYTHON" - <<'EOF'
 import collections, os, pathlib, statistics
-from log import read_log
+from support.log import read_log
 losses = collections.defaultdict(dict)
 for path in sorted(pathlib.Path(os.environ["OUT"]).glob("*/log.jsonl")):
     *name, beta2, seed = path.parent.name.split("-")

@@ -73,7 +73,7 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
         if ".reparam." not in name:
             raise ValueError(f"{source}: tensor {name} is {'missing' if name in state else 'unknown'}; "
                              "it holds a model of another shape (n_layer, bias)")
-    for name in state.keys() & weights.keys():
+    for name in (name for name in state if name in weights):
         theirs, mine = weights[name], state[name]
         if name == "wte.weight" and len(theirs) == model.vocab_size:
             mine = mine[:model.vocab_size]
