@@ -1,7 +1,7 @@
 """AdamW whose two moments are really stored in 8 or 4 bits.
 
-Adam keeps two running means per parameter, m of the gradient and v of its square: 8 bytes in fp32, twice the weights.
-Here they are codes of one byte, or half a byte, and one fp32 scale per block, row or tensor. A step of one tensor:
+Adam keeps two running means per parameter: m1 of the gradient and m2 of its square (m and v below). In fp32 they are 8
+bytes, twice the weights. Here they are codes of one byte, or half a byte, and one fp32 scale per block, row or tensor:
 
     (1) read    m, v = decode(codes) * scale                    what the last step has left
     (2) update  m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
@@ -9,28 +9,24 @@ Here they are codes of one byte, or half a byte, and one fp32 scale per block, r
     (4) store   scale = max|x| / top         codes = encode(x / scale)
 
 That order is the paper's (2407.11722). lr' = lr sqrt(1 - b2^t) / (1 - b1^t) and eps' = eps sqrt(1 - b2^t) hold the bias
-correction (Kingma and Ba 2015, end of section 2). A format is a code book, the value of code k in units of the scale:
+correction (Kingma and Ba 2015, end of section 2). A format is a code book, the levels that codes stand for (x scale):
 
-    linear    k              the paper's. Fine for m. FAILS for v: a small v becomes 0 while its m does not, and
-                             m / sqrt(v) explodes (updates of thousands of lr). Kept because that is a result.
-    dynamic   a tiny float   2110.02861 and bitsandbytes: 7 decades, each with twice the codes of the one below.
-    power     k^2            fine near zero, where most values are. v has no code for zero: it cannot vanish before its
-                             m does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
+    linear    k         the paper's. Fine for m. FAILS for v: a small v becomes 0 while its m does not, and m / sqrt(v)
+                        explodes (updates of thousands of lr). Kept because that is a result.
+    dynamic   a table   2110.02861 and bitsandbytes: 7 decades, each with twice the levels of the one below.
+    power     k |k|     fine near zero, where most values are. v has no code for zero: it cannot vanish before its m
+                        does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
 
 Decay moves v by 1 - b2 of itself a step, often less than half a code. Rounded to nearest such a v stays where it is,
-too large: sqrt(v), which divides the step, by 1.3 on average after 20,000 steps with b2 = 0.999
-(results/optimizer.md). So power's v is rounded up or down at random, right on average.
-
-The class at the end is bookkeeping: which tensor is stored how, and state_dict. 32 bits is torch's own AdamW.
+too large (results/optimizer.md). So power's v is rounded up or down at random, right on average.
 
 Shapes: a tensor is n rows of B elements: its own rows (per_channel), else blocks of the flattened tensor. Codes are
-uint8 (n, B), or (n, B/2) for 4 bits: element j of the first half of a row in the low bits, j of the second half above.
-With 4 bits everything else comes in halves too, (n, B/2) each: one loop over B/2 bytes then does it all.
+uint8 (n, B), or (n, B/2) for 4 bits, two to a byte; scales are fp32 (n, 2), a column for m and one for v.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from math import inf, sqrt
 from typing import Literal, NamedTuple
 
@@ -42,9 +38,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from quant import SCALE_FLOOR
+from support.config import refuse_idle
 
 MIN_SIZE = 4096  # elements; smaller tensors keep fp32 moments (2110.02861, section 2)
-PIECE = 2**20  # elements at a time where a step has temporaries: they stay in the cache, and small
+PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in the cache
 
 Bits = Literal[4, 8, 32]
 Format = Literal["power", "dynamic", "linear"]
@@ -65,49 +62,46 @@ class OptimConfig:
     m2bits: Bits = 32  # bits of the second moment
     m2fmt: Format = "power"  # code book of the second moment; linear is the paper's failing case
     m2gran: Granularity = "per_block"  # what shares a scale in the second moment
-    m2round: Rounding | None = None  # of the stored second moment; auto: stochastic with power, else nearest
-    mblock: int | None = None  # elements of a block; auto: 256, or 128 with 4 bits
-    mfloor: bool = False  # linear scales never below 1e-8, as in the paper's code
+    m2round: Rounding | None = None  # of the second; auto: stochastic with power, else nearest
+    mblock: int = 64  # elements of a block
+    mfloor: bool = False  # max|x| of a linear scale never below 1e-8, as in the paper's code
     membed32: bool = False  # embeddings keep fp32 moments, as in both papers
 
     def __post_init__(self):
         if not 0 <= self.weight_decay < inf:
             raise ValueError(f"--weight_decay={self.weight_decay} must be at least 0, and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, 1)")
-        both = [i for i in (1, 2) if getattr(self, f"m{i}bits") < 32]
-        for i in (1, 2):
-            if getattr(self, f"m{i}bits") not in (4, 8, 32):
-                raise ValueError(f"--m{i}bits={getattr(self, f'm{i}bits')}: every format has 8 and 4; use 8, 4 or 32")
-            for name in ("fmt", "gran", "round"):
-                value, default = (getattr(x, f"m{i}{name}") for x in (self, OptimConfig))
-                older = (name, value) == ("round", "nearest")  # checkpoints from before m2round had auto
-                if i not in both and value != default and not older:
-                    raise ValueError(f"--m{i}{name}={value} has no effect with --m{i}bits=32; drop it or use 8 or 4")
-            if i in both and getattr(self, f"m{i}fmt") == "dynamic" and getattr(self, f"m{i}round") == "stochastic":
-                raise ValueError(f"--m{i}round=stochastic: dynamic rounds to nearest; use --m{i}fmt=power or linear")
-        grans = {getattr(self, f"m{i}gran") for i in both}
+        for beta in ("beta1", "beta2"):
+            if not 0 <= getattr(self, beta) < 1:
+                raise ValueError(f"--{beta}={getattr(self, beta)} must lie in [0, 1)")
+        fmts, grans = set(), set()  # of the moments that are stored in few bits
+        for i in ("m1", "m2"):
+            bits, fmt, gran = (getattr(self, i + field) for field in ("bits", "fmt", "gran"))
+            if bits not in (4, 8, 32):
+                raise ValueError(f"--{i}bits={bits}: every format has 8 and 4; use 8, 4 or 32")
+            low = (bits < 32, f"without --{i}bits=8 or 4")
+            refuse_idle(self, **{i + field: low for field in ("fmt", "gran", "round")})
+            if fmt == "dynamic" and getattr(self, i + "round") == "stochastic":
+                raise ValueError(f"--{i}round=stochastic: dynamic has only nearest; use power or linear")
+            if bits < 32:
+                fmts.add(fmt)
+                grans.add(gran)
         if len(grans) > 1:
-            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: both moments share their rows; "
+            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: the moments share rows; "
                              "give both the same")
-        if self.mblock is not None and ("per_channel" in grans or not both or self.mblock < 2 or self.mblock % 2):
-            raise ValueError(f"--mblock={self.mblock} must be even, and needs a moment in 8 or 4 bits that is not "
-                             "per_channel")
-        if self.mfloor and "linear" not in {getattr(self, f"m{i}fmt") for i in both}:
-            raise ValueError("--mfloor has no effect without a linear format; drop it or add --m2fmt=linear")
-        if self.membed32 and not both:
-            raise ValueError("--membed32 has no effect without a moment in 8 or 4 bits; drop it or add --m1bits=8")
+        if self.mblock < 2 or self.mblock % 2:
+            raise ValueError(f"--mblock={self.mblock} must be even and at least 2")
+        refuse_idle(self, mblock=("per_block" in grans, "without a per_block moment in 8 or 4 bits"),
+                    mfloor=("linear" in fmts, "without a linear format, as --m1fmt=linear"),
+                    membed32=(bool(fmts), "without a moment in 8 or 4 bits, as --m1bits=8"))
 
     def formats(self) -> dict:
-        """Return what a param_group records, plain values: {"m1": Moment's fields, "m2": same, "block": elements}."""
-        def moment(bits: int, fmt: str, gran: str, rounding: str) -> tuple:
-            return (32,) if bits == 32 else (bits, fmt, gran, rounding, self.mfloor and fmt == "linear")
-
+        """Return what a param_group records: {"m1": Moment's fields, "m2": same, "block": elements}."""
         m2round = self.m2round or ("stochastic" if self.m2fmt == "power" else "nearest")
-        return {"m1": moment(self.m1bits, self.m1fmt, self.m1gran, self.m1round),
-                "m2": moment(self.m2bits, self.m2fmt, self.m2gran, m2round),
-                "block": self.mblock or (128 if 4 in (self.m1bits, self.m2bits) else 256)}
+        floor1, floor2 = (self.mfloor and fmt == "linear" for fmt in (self.m1fmt, self.m2fmt))
+        m1 = self.m1bits, self.m1fmt, self.m1gran, self.m1round, floor1
+        m2 = self.m2bits, self.m2fmt, self.m2gran, m2round, floor2
+        m1, m2 = (m if m[0] < 32 else (32,) for m in (m1, m2))
+        return {"m1": m1, "m2": m2, "block": self.mblock}
 
 
 class Moment(NamedTuple):
@@ -121,72 +115,44 @@ class Moment(NamedTuple):
 
 
 # -----------------------------------------------------------------------------
-# code books. k is the code without its sign; fp32 tensors of any shape.
+# code books: which level a code stands for. Codes are ranks: a larger code is a larger level.
 
 def first_last(moment: Moment) -> tuple[int, int]:
-    """Return the smallest and the largest k. m gives half of its codes to the negatives."""
+    """Return the k of the smallest and of the largest code: code = k - first. (For linear and power.)"""
     half = 2 ** (moment.bits - 1)
-    if moment.fmt == "linear":
-        return 0, half - 1  # for v as well: the paper's quantizer is symmetric and wastes half of the codes
-    if moment.fmt == "dynamic":
-        return 0, 2 * half - 1 if moment.second else half  # for m, k = 128 is 1.0, and there is no -1.0
-    return (1, 2 * half) if moment.second else (0, half - 1)
-
-
-def decades(moment: Moment) -> list[tuple[float, float, float, float]]:
-    """Return (t, x, slope, offset) of each decade of the dynamic book, the lowest first: level = slope * t - offset.
-
-    Decade i = 0 .. bits - 2 is 10^(i - bits + 1) (1, 10], cut into n = 2^i equal bins (v: 2^(i+1)) whose middles are
-    the levels: t = k + 1/2 (v: k + 3/2) is n, n + 1, ... 2n at the bins' edges. So level(k) and its inverse are
-    piecewise linear, and need no table; (t, x) is where a decade begins.
-    Source: 2110.02861, section 1.3, and bitsandbytes' create_dynamic_map.
-    """
-    lines = []
-    for i in range(moment.bits - 1):
-        n, start = 2 ** (i + moment.second), 10.0 ** (i - moment.bits + 1)
-        lines.append((n, start, 9 * start / n, 8 * start))
-    return lines
+    if moment.fmt == "power" and moment.second:
+        return 1, 2 * half
+    # The paper's quantizer is symmetric: linear v wastes half of its codes.
+    return (0 if moment.second else 1 - half), half - 1
 
 
 def is_square(moment: Moment) -> bool:
-    """Return whether level(k) = k^2."""
+    """Return whether the level of k is k |k|, or else k."""
     return moment.fmt == "power" and not (moment.second and moment.bits == 4)
 
 
-def level(k: Tensor, moment: Moment) -> Tensor:
-    """Return the value of k in units of the scale. power: 0 1 4 9 ...; dynamic of m: 0 5.5e-7 3.25e-6 7.75e-6 ... 1."""
-    if moment.fmt != "dynamic":
-        return k * k if is_square(moment) else k
-    t = k + (1.5 if moment.second else 0.5)
-    (_, _, before, offset), *higher = decades(moment)
-    y = t * before - offset
-    for start, _, slope, _ in higher:
-        y, before = y + torch.relu(t - start) * (slope - before), slope
-    return torch.where(k < first_last(moment)[1], torch.relu(y), 1.0)  # 0 and 1, outside the decades
+def dynamic_levels(moment: Moment) -> list[float]:
+    """Return the levels of the dynamic book, sorted: 0, 1, and the middles of equal bins in every decade.
 
-
-def nearest_dynamic(x: Tensor, moment: Moment) -> Tensor:
-    """Return the k of the dynamic level nearest to x in [0, 1]; the middle of two goes up."""
-    *lower, (n, above, slope, offset) = decades(moment)
-    top = (1 + slope * (2 * n - 0.5) - offset) / 2  # the middle of the last two levels
-    t = (x + offset) * (1 / slope)
-    for _, start, slope, offset in reversed(lower):
-        t, above = torch.where(x < above, (x + offset) * (1 / slope), t), start
-    n = decades(moment)[0][0]
-    # Middles of a decade are its bins' edges, integer t. That of two decades lies a fifth of a bin above the edge.
-    early = (t - t.floor() < 0.2) & (t.int() & (t.int() - 1) == 0) & (t >= n + 1)
-    k = t.floor() - early.float() - (1 if moment.second else 0) + (x >= top).float()
-    return torch.where(x < (slope * (n + 0.5) - offset) / 2, 0.0, k)
+    A decade has twice the bins of the one below, and v, which needs no sign, twice those of m. m has no -1.
+    Example: 8-bit m is -0.993 ... -7.75e-6 -3.25e-6 -5.5e-7 0 5.5e-7 3.25e-6 7.75e-6 ... 0.993 1.
+    Source: 2110.02861, section 1.3, and bitsandbytes' create_dynamic_map.
+    """
+    levels = [0.0, 1.0]
+    for decade in range(moment.bits - 1):
+        bins, upper = 2 ** (decade + moment.second), 10.0 ** (decade - moment.bits + 2)
+        # the middles of equal parts of (upper / 10, upper]
+        middles = [upper * (0.1 + 0.9 * (j + 0.5) / bins) for j in range(bins)]
+        levels += middles if moment.second else middles + [-x for x in middles]
+    return sorted(levels)
 
 
 def decode(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
     """Return the fp32 moment of uint8 codes (n, B); scale (n, 1) or (1, 1)."""
-    if moment.second:
-        return level(codes.float() + first_last(moment)[0], moment) * scale
-    k = codes.float() - (2 ** (moment.bits - 1) - 1)  # a code is a rank: that of m = 0 is 127, or 7 with 4 bits
-    if is_square(moment):
-        return k * k.abs() * scale  # as below, but compiled copysign is a function call per 16 elements
-    return (k if moment.fmt == "linear" else torch.where(k < 0, -1.0, 1.0) * level(k.abs(), moment)) * scale
+    if moment.fmt == "dynamic":
+        return torch.tensor(dynamic_levels(moment), device=codes.device)[codes.int()] * scale
+    k = codes.float() + first_last(moment)[0]
+    return (k * k.abs() if is_square(moment) else k) * scale
 
 
 def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None) -> Tensor:
@@ -197,180 +163,180 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
         noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
             decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
             the smallest code of power's v there is none: such an x always becomes that code.) None is 1/2: to the
-            nearest, ties away from zero.
+            nearest, ties away from zero. dynamic ignores it, and ties go up, as in its authors' code.
 
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
-    first, last = first_last(moment)
-    zero = -first if moment.second else 2 ** (moment.bits - 1) - 1  # a code is a rank: that of m = 0 is 127, or 7
-    scaled = (x if moment.second else x.abs()) * _keep(1 / scale)
+    inv_scale = 1 / scale
     if moment.fmt == "dynamic":
-        k = nearest_dynamic(scaled, moment)
-    else:
-        noise, product = (0.5, 0.25) if noise is None else (noise, _keep(noise * (1 - noise)))
-        # Rounded down below. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on: (k + 1 - noise)^2 + product.
-        k = (root(torch.relu(scaled - product)) if is_square(moment) else scaled) + noise
-    k = (k if moment.second else torch.where(x < 0, -1.0, 1.0) * k.floor()) + zero
-    # The conversion drops v's fraction; what lies below its smallest code, in (-1, 0), becomes 0. The clamp is for -1
-    # in dynamic, which has no code, and for a largest level come out an ulp too large. (By way of int32: straight from
-    # the float, compiled code would clamp once more.)
-    return k.to(torch.int32).clamp(0, last + zero).to(torch.uint8)
+        levels = dynamic_levels(moment)
+        middles = [(a + b) / 2 for a, b in zip(levels[:-1], levels[1:], strict=True)]
+        middles = torch.tensor(middles, device=x.device)
+        return torch.bucketize(x * inv_scale, middles, right=True).to(torch.uint8)
+    # k becomes k + 1 from k + 1 - noise on. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on, and that is
+    # (k + 1 - noise)^2 + noise (1 - noise): the same once the root is taken.
+    noise, product = (0.5, 0.25) if noise is None else (noise, noise * (1 - noise))
+    size = x.abs() * inv_scale
+    k = (root(torch.relu(size - product)) if is_square(moment) else size) + noise
+    k = torch.where(x < 0, -1.0, 1.0) * k.floor()
+    # The clamp is for v below its smallest code, and for a largest level come out an ulp too large. (By way of int32:
+    # straight from the float to uint8, compiled code would clamp once more.)
+    first, last = first_last(moment)
+    return (k - first).to(torch.int32).clamp(0, last - first).to(torch.uint8)
 
 
-def new_scale(parts: list[Tensor], moment: Moment) -> Tensor:
-    """Return the scale (n, 1), for per_tensor (1, 1), that maps max|x| of the rows [x | ...] to the largest level.
-
-    Adding the floor is max(scale, floor) for every scale that matters, without its branch.
-    """
+def new_scale(x: Tensor, moment: Moment) -> Tensor:
+    """Return the scale (n, 1), for per_tensor (1, 1), that maps max|x| of the rows of x to the largest level."""
     last = float(first_last(moment)[1])
     top = 1.0 if moment.fmt == "dynamic" else last * last if is_square(moment) else last
-    x = reduce(torch.maximum, parts if moment.second else [x.abs() for x in parts])
-    scale = x.amax((0, 1) if moment.gran == "per_tensor" else 1, keepdim=True) * (1 / top)
-    return scale.clamp(min=1e-8) if moment.floor else scale + SCALE_FLOOR
+    amax = x.abs().amax((0, 1) if moment.gran == "per_tensor" else 1, keepdim=True)
+    if moment.floor:
+        amax = amax.clamp(min=1e-8)
+    return amax * (1 / top) + SCALE_FLOOR  # never zero; adding it changes no scale that matters
 
 
 def root(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root (fp32).
-
-    Eager torch takes MKL's, which is one ulp off in 0.6 % of the cases; through fp64 it agrees with compiled code.
-    """
+    """Return the correctly rounded square root (fp32), the same in eager and in compiled code."""
+    # Eager torch takes MKL's, which is one ulp off in 0.6 % of the cases.
     return x.sqrt() if torch.compiler.is_compiling() else x.double().sqrt().float()
-
-
-def _keep(x: Tensor) -> Tensor:
-    """Return x (n, 1); compiled, Inductor then computes it once per row: as_strided needs it in memory.
-
-    Inlined instead, each vector of 16 elements would divide again, which cost a tenth of the step on a CPU.
-    """
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
 
 
 def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return two numbers in (0, 1) per row, (n, 1), one for each moment; key: int32 (seed, number of the first row).
 
-    The elements of a row, both halves of it, share theirs. Each is still its value on average, only the errors within a
-    row are no longer independent; and the hash costs next to nothing.
-    A hash of (seed, row) instead of a generator: the same on every rank, after a resume, in every piece of a tensor
-    and in compiled code. It is murmur3's finalizer; either half gives 15 bits: k + noise is then exact for k below 256.
+    The elements of a row share theirs: each is still right on average, and the hash costs next to nothing.
+    A hash instead of a generator is the same on every rank, after a resume, in every piece of a tensor and in compiled
+    code. It is murmur3's finalizer.
     """
+    # int32 arithmetic wraps around. Either half of the hash gives 15 bits: k + noise is then exact for k below 256.
     row = torch.arange(n, dtype=torch.int32, device=key.device)[:, None] + key[1]
     h = row * -1640531535 + key[0]
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     h = h ^ ((h >> 16) & 0xFFFF)
-    return tuple(_keep(((bits & 0x7FFF).float() + 0.5) / 2**15) for bits in (h, h >> 16))
+    return tuple(((bits & 0x7FFF).float() + 0.5) / 2**15 for bits in (h, h >> 16))
 
 
 # -----------------------------------------------------------------------------
 # one step of one tensor: the four lines at the top of this file
 
-Parts = list[Tensor]  # a tensor of rows, [(n, B)], or its left and right half, [(n, B/2), (n, B/2)]
-
-
-def adamw_update(ps: Parts, gs: Parts, codes1: Parts, codes2: Parts, scales: Tensor, hyper: Tensor,
-                 key: Tensor | None, m1: Moment, m2: Moment) -> None:
+def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: Tensor,
+                 hyper: Tensor, key: Tensor | None, m1: Moment, m2: Moment) -> None:
     """Update parameter, codes and scales in place.
 
     Args:
-        ps, gs: parameter and gradient, any float dtype; in halves if a moment has 4 bits.
-        codes1, codes2: of m and v. uint8 codes, in parts like ps; 4 bits: one (n, B/2) that packs both halves; 32 bits:
-            the fp32 moment itself, in parts like ps.
+        p, g: parameter and gradient (n, B), any float dtype.
+        codes1, codes2: of m and v, uint8 (n, B), or (n, B/2) for 4 bits; for 32 bits the fp32 moment (n, B) itself.
         scales: fp32 (n, 2), or (1, 2) for per_tensor: a column for m, one for v.
-        hyper: fp32 (7,): 1 - lr wd, lr', beta1, 1 - beta1, beta2, 1 - beta2, eps' (see the top). A tensor, so that a
-            new learning rate is new data and not new code.
+        hyper: fp32 (7,): 1 - lr wd, lr', beta1, 1 - beta1, beta2, 1 - beta2, eps' (see the top). A tensor: a new
+            learning rate is new data and not new code.
         key: see hash_noise; None if both moments are rounded to nearest.
 
     A gradient element that is inf, nan or beyond 2^63 (its square would overflow) counts as zero: it cannot poison its
     block. Whether such a step should be taken at all is for the training loop to say.
     """
     decay, lr, beta1, rest1, beta2, rest2, eps = hyper.unbind()
-    gs = [torch.where(g.float().abs() < 2.0**63, g.float(), 0.0) for g in gs]  # fp32 from here
-    ms = [beta1 * m + rest1 * g for m, g in zip(_read(codes1, scales[:, :1], m1), gs, strict=True)]
-    vs = [beta2 * v + rest2 * (g * g) for v, g in zip(_read(codes2, scales[:, 1:], m2), gs, strict=True)]
-    for p, m, v in zip(ps, ms, vs, strict=True):
-        p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
-    noise1, noise2 = (None, None) if key is None else hash_noise(key, len(gs[0]))
-    _write(ms, codes1, scales[:, :1], m1, noise1)
-    _write(vs, codes2, scales[:, 1:], m2, noise2)
+    g = torch.where(g.float().abs() < 2.0**63, g.float(), 0.0)  # fp32 from here
+    noise1, noise2 = (None, None) if key is None else hash_noise(key, len(g))
+    # (1) read what the last step has left
+    m = unpack(codes1, scales[:, :1], m1)
+    v = unpack(codes2, scales[:, 1:], m2)
+    # (2) update the running means
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
+    # (3) step with the fresh moments
+    p.copy_(decay * p.float() - lr * (m / (root(v) + eps)))
+    # (4) store: here, and only here, something is rounded
+    pack(m, codes1, scales[:, :1], m1, noise1)
+    pack(v, codes2, scales[:, 1:], m2, noise2)
 
 
-def _read(codes: Parts, scale: Tensor, moment: Moment) -> Parts:
-    """Return the stored moment in fp32."""
+def unpack(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
+    """Return the stored moment in fp32 (n, B). 4 bits: the low half of the bytes are the first half of a row."""
     if moment.bits == 32:
         return codes
-    return [decode(c, scale, moment) for c in ([codes[0] & 15, codes[0] >> 4] if moment.bits == 4 else codes)]
-
-
-def _write(xs: Parts, codes: Parts, scale: Tensor, moment: Moment, noise: Tensor | None) -> None:
-    """Store the fresh moment in place."""
-    if moment.bits < 32:
-        fresh = new_scale(xs, moment)
-        scale.copy_(fresh)
-        xs = [encode(x, fresh, moment, noise if moment.rounding == "stochastic" else None) for x in xs]
     if moment.bits == 4:
-        xs = [xs[0] | (xs[1] << 4)]
-    for c, x in zip(codes, xs, strict=True):
-        c.copy_(x)
+        shifts = torch.tensor([[0], [4]], dtype=torch.uint8, device=codes.device)
+        codes = ((codes[:, None] >> shifts) & 15).flatten(1)  # (n, B/2) -> (n, 2, B/2) -> (n, B)
+    return decode(codes, scale, moment)
+
+
+def pack(x: Tensor, codes: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None) -> None:
+    """Store the fresh moment x in place: its new scale and its codes, the inverse of `unpack`."""
+    if moment.bits < 32:
+        fresh = new_scale(x, moment)
+        scale.copy_(fresh)
+        x = encode(x, fresh, moment, noise if moment.rounding == "stochastic" else None)
+    if moment.bits == 4:
+        low, high = x.chunk(2, 1)  # (n, B/2) each
+        x = low | (high << 4)
+    codes.copy_(x)
 
 
 @lru_cache
 def compiled_update(m1: Moment, m2: Moment):
-    """Return adamw_update compiled for two formats.
-
-    The options keep Inductor from putting m and v in memory between their maximum and their codes: it computes them
-    twice instead, and a step is two passes over its inputs, without temporaries. dynamic is too long for that.
-    """
-    options = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 100000}
-    options = {} if "dynamic" in (m1.fmt, m2.fmt) else options
-
+    """Return adamw_update compiled for two formats."""
     def update(*args) -> None:
         adamw_update(*args, m1=m1, m2=m2)
-    update.__code__ = update.__code__.replace()  # one of its own: dynamo refuses a ninth graph for one code object
-    return torch.compile(update, fullgraph=True, options=options)
+    # Dynamo counts graphs (8 at most) by code object, and learns what varies by its name. With one for all formats
+    # it takes even the bits for a variable: 4 bits ran 1.7 times slower after 8, and dynamic did not compile.
+    update.__code__ = update.__code__.replace(co_name=f"update_{m1}_{m2}")
+    return torch.compile(update, fullgraph=True)
 
 
 # -----------------------------------------------------------------------------
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay and keep fp32 moments.
+    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay and keep fp32 moments; reparams.
 
-    A tied lm_head is the embedding's own tensor and counts as one. Frozen parameters are left out.
+    A tied lm_head is the embedding's own tensor and counts as one. Frozen parameters are left out. Those of a
+    `layer.reparam`, a module that maps the weight to the one used, are few and sensitive: no decay, fp32 moments, and
+    their own learning rate: the training loop multiplies its schedule by group["lr_scale"], taken from the module.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    params = [p for p in model.parameters() if p.requires_grad]
     fp32 = {"m1": (32,), "m2": (32,)}
-    groups = [{"params": [p for p in params if p.dim() >= 2 and id(p) not in tables]},
-              {"params": [p for p in params if id(p) in tables], **(fp32 if config.membed32 else {})},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, **fp32}]
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    lr_scale = {}  # of the parameters of reparams
+    for reparam in (getattr(m, "reparam", None) for m in model.modules()):
+        if isinstance(reparam, nn.Module):
+            lr_scale |= dict.fromkeys(reparam.parameters(), float(getattr(reparam, "lr_scale", 1.0)))
+    params = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in params if p not in lr_scale]
+    groups = [{"params": [p for p in rest if p.dim() >= 2 and p not in tables]},
+              {"params": [p for p in rest if p in tables], **(fp32 if config.membed32 else {})},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **fp32}]
+    for scale in sorted(set(lr_scale.values())):
+        mine = [p for p in params if lr_scale.get(p) == scale]
+        groups.append({"params": mine, "weight_decay": 0.0, **fp32, "lr_scale": scale})
     return [group for group in groups if group["params"]]
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with the moments stored as `config` says; lr, betas, eps, weight_decay as in torch.optim.AdamW.
 
-    A group may override any of lr, betas, eps, weight_decay, m1, m2, block (see OptimConfig.formats). state[p] has
-    plain tensors: step; exp_avg and exp_avg_sq, codes (n, B) or (n, B/2), or the fp32 moment; scales (n, 2). Tensors
-    with two fp32 moments are stepped by torch's own fused AdamW, which keeps a nan.
+    A group may override any of lr, betas, eps, weight_decay, m1, m2, block (see OptimConfig.formats); other keys of it
+    are kept. state[p] has plain tensors: step; exp_avg and exp_avg_sq, the codes or the fp32 moment; scales (n, 2).
+    Tensors with two fp32 moments are stepped by torch's own fused AdamW, which keeps a nan.
 
     Args:
-        params: parameters or groups, as `param_groups` makes them.
         lr: learning rate; stays a float, set group["lr"] at every step as you like.
-        config: formats and hyper-parameters.
-        eps: added to the root of v.
         seed: of stochastic rounding; give every rank the same.
-        compile: False runs the same arithmetic eagerly (about 20 times slower on a CPU).
+        compile: False runs the same arithmetic eagerly (much slower on a CPU).
+    Raises: ValueError for complex parameters, and for 4 bits with rows of odd length.
     """
 
-    def __init__(self, params: Iterable, lr: float, config: OptimConfig | None = None, *, eps: float = 1e-8,
-                 seed: int = 0, compile: bool = True):
+    def __init__(self, params: Iterable, lr: float, config: OptimConfig | None = None, *,
+                 eps: float = 1e-8, seed: int = 0, compile: bool = True):
         config = config or OptimConfig()
         self.seed, self.compile = seed, compile
         super().__init__(params, dict(lr=lr, betas=(config.beta1, config.beta2), eps=eps,
                                       weight_decay=config.weight_decay, **config.formats()))
 
-    def __getstate__(self) -> dict:  # for copies and pickles; torch's keeps only what it knows
-        return {**super().__getstate__(), "seed": self.seed, "compile": self.compile}
+    def add_param_group(self, group: dict) -> None:
+        """Add a group, as torch does; what cannot be stored is refused here and not at the first step."""
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            _layout(p, self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -379,59 +345,60 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = -1  # counts all parameters: the noise of one does not depend on the gradients of others
-        keys = lru_cache(partial(_keys, self.seed, sum(len(group["params"]) for group in self.param_groups)))
+        index = -1  # counts all: the noise of one does not depend on the gradients of others
         for group in self.param_groups:
-            plain, hyper = [], lru_cache(partial(_hyper, group))
+            plain = []  # for torch's own AdamW, all at once
             for p in group["params"]:
                 index += 1
-                if p.grad is None:
+                state = self.state[p] = self.state[p] or _new_state(p, group)
+                if p.grad is None or p.numel() == 0:
                     continue
                 if p.grad.is_sparse:
-                    raise ValueError(f"a {tuple(p.shape)} parameter has a sparse gradient: use "
-                                     "nn.Embedding(sparse=False)")
-                state = self._state(p, group)
+                    raise ValueError(f"the gradient of a {tuple(p.shape)} parameter is sparse: "
+                                     "use nn.Embedding(sparse=False)")
                 if _is_plain(p, group):
-                    plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+                    moments = state["exp_avg"], state["exp_avg_sq"]
+                    plain.append((p, p.grad, *moments, state["step"]))
                 else:
-                    state["step"] += 1
-                    t, (m1, m2, *_) = int(state["step"]), _layout(p, group)
-                    key = keys(t, p.device)[index].data if "stochastic" in (m1.rounding, m2.rounding) else None
-                    self._update(p, group, state, hyper(t, p.device), key)
-            if plain:  # 32 bits is not an imitation: torch's own fused AdamW
+                    self._update(p, group, state, index)
+            if plain:  # 32 bits is not an imitation
                 params, grads, m, v, steps = map(list, zip(*plain, strict=True))
-                beta1, beta2 = group["betas"]
-                torch_adamw(params, grads, m, v, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-                            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+                torch_adamw(params, grads, m, v, [], steps, fused=True, amsgrad=False, maximize=False,
+                            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                            weight_decay=group["weight_decay"], eps=group["eps"])
         return loss
 
-    def _update(self, p: Tensor, group: dict, state: dict, hyper: Tensor, key: Tensor | None) -> None:
-        """Lay p out as rows, in halves if need be, and hand them to adamw_update."""
+    def _update(self, p: Tensor, group: dict, state: dict, index: int) -> None:
+        """Lay p out as rows and hand them to adamw_update, a piece at a time."""
         m1, m2, n, width = _layout(p, group)
-        flat, grad = (_whole_rows(z, n * width) for z in (p, p.grad))
-        part = width // 2 if 4 in (m1.bits, m2.bits) else width
-        args = [rows.view(n, -1, part).unbind(1) for rows in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
-        args.append([state["scales"]])
         update = compiled_update(m1, m2) if self.compile else partial(adamw_update, m1=m1, m2=m2)
-        temporaries = len(state["scales"]) == n and (not self.compile or "dynamic" in (m1.fmt, m2.fmt))
-        rows = max(1, PIECE // width if temporaries else n)
+        # The constants of this step, and a seed that no other tensor or step has.
+        state["step"] += 1
+        t, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
+        debias = sqrt(1 - beta2**t)
+        hyper = torch.tensor([1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t),
+                              beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        seeds = np.random.SeedSequence((self.seed, t)).generate_state(index + 1).view(np.int32)
+        # Flat views where that can be; copies if p is not contiguous or its last row is to be filled with zeros.
+        flat, grad = (z.reshape(-1) for z in (p, p.grad))
+        if p.numel() < n * width:
+            flat, grad = (F.pad(z, (0, n * width - p.numel())) for z in (flat, grad))
+        tensors = [flat.view(n, width), grad.view(n, width),
+                   *(state[name] for name in ("exp_avg", "exp_avg_sq", "scales"))]
+        # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them at once.
+        rows = max(1, PIECE // width) if len(state["scales"]) == n else n
         for first in range(0, n, rows):
-            # .data forgets what a view is a view of: dynamo guards on that and would compile again for every rank of p.
-            *piece, (scales,) = [[z[first:first + rows].data for z in zs] for zs in args]
+            # .data forgets what a view is a view of: dynamo guards on that, and would compile again.
+            piece = [z[first:first + rows].data for z in tensors]
             if self.compile:
-                for z in sum(piece, [scales]):
-                    torch._dynamo.maybe_mark_dynamic(z, 0)  # one graph for any n; B is a constant while it can be
-            if key is not None:
-                key[1] = first
-            update(*piece, scales, hyper, key)
-        if flat.data_ptr() != p.data_ptr():
+                for z in piece:  # one graph for any n; B is a constant while it can be
+                    torch._dynamo.maybe_mark_dynamic(z, 0)
+            key = None
+            if "stochastic" in (m1.rounding, m2.rounding):
+                key = torch.tensor([seeds[index], first], dtype=torch.int32, device=p.device)
+            update(*piece, hyper, key)
+        if flat.data_ptr() != p.data_ptr():  # it was a copy
             p.copy_(flat[:p.numel()].view(p.shape))
-
-    def _state(self, p: Tensor, group: dict) -> dict:
-        """Return state[p], made on first use."""
-        if not self.state[p]:
-            self.state[p] = _new_state(p, group)
-        return self.state[p]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -440,96 +407,71 @@ class AdamW(torch.optim.Optimizer):
         Raises: ValueError for a state of another format or shape, naming both. (torch would cast every tensor to the
         dtype of its parameter, codes to floats, and notice nothing.)
         """
-        if any(g.get("amsgrad") or g.get("maximize") for g in state_dict["param_groups"]):
-            raise ValueError("the optimizer state has amsgrad or maximize, which are not here; start it afresh")
-        theirs, ours = ([[tuple(g.get(m, (32,))) for m in ("m1", "m2")] + [len(g["params"])] for g in groups]
-                        for groups in (state_dict["param_groups"], self.param_groups))
-        if theirs != ours:
-            raise ValueError(f"the optimizer state was written with [m1, m2, tensors] = {theirs}, this optimizer has "
-                             f"{ours}; use the flags it was written with, or start the optimizer afresh")
-        fresh = {}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, key in zip(group["params"], saved["params"], strict=True):
-                if key not in state_dict["state"]:
-                    continue
-                stored, fresh[p] = state_dict["state"][key], _new_state(p, group)
-                for name in sorted(fresh[p].keys() | stored.keys()):
-                    theirs, ours = (_kind(s.get(name)) for s in (stored, fresh[p]))
-                    if theirs != ours:
-                        raise ValueError(f"{name} of a {tuple(p.shape)} parameter: the state has {theirs}, this "
-                                         f"optimizer needs {ours}")
-                    fresh[p][name].copy_(stored[name])
-        groups = [{**{k: mine[k] for k in ("m1", "m2", "block")}, **saved}  # torch's own AdamW has no formats to say
-                  for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)]
+        try:
+            groups, fresh = self._checked(state_dict)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the state_dict of an optimizer: {error!r}") from error
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(fresh)
 
-    @torch.no_grad()
-    def to_torch_state_dict(self) -> dict:
-        """Return a state_dict with fp32 moments that torch.optim.AdamW of the same groups loads and continues."""
-        ours = self.state_dict()
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        state = {}
-        for key, stored in ours["state"].items():
-            p, group = params[key]
-            state[key] = {"step": stored["step"].clone()}
-            for i, (moment, name) in enumerate(zip(_layout(p, group)[:2], ("exp_avg", "exp_avg_sq"), strict=True)):
-                x = stored[name]
-                if moment.bits < 32:
-                    x = torch.cat(_read([x], stored["scales"][:, i:i + 1], moment), 1)
-                state[key][name] = x.reshape(-1)[: p.numel()].view(p.shape).clone()
-        groups = [{k: v for k, v in g.items() if k not in ("m1", "m2", "block")} for g in ours["param_groups"]]
-        return {"state": state, "param_groups": groups}
+    def _checked(self, state_dict: dict) -> tuple[list[dict], dict]:
+        """Return (param_groups, {p: state}) of a state_dict that fits this optimizer."""
+        saved_groups, states = state_dict["param_groups"], dict(state_dict["state"])
+        if any(g.get("amsgrad") or g.get("maximize") for g in saved_groups):
+            raise ValueError("the state has amsgrad or maximize, which are not here; start afresh")
+        # The formats and the number of tensors of each group. (A state of torch's AdamW has fp32 moments.)
+        theirs, ours = ([(tuple(g.get("m1", (32,))), tuple(g.get("m2", (32,))), len(g["params"]))
+                         for g in groups] for groups in (saved_groups, self.param_groups))
+        if theirs != ours:
+            raise ValueError(f"the state was written with (m1, m2, tensors) = {theirs}, this optimizer has "
+                             f"{ours}; use the flags it was written with, or start afresh")
+        groups, fresh = [], {}
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            needed = {key: saved[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+            groups.append({**group, **saved, **needed})  # others, as lr_scale, may be missing
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if not states:  # written before the first step
+                    continue
+                stored, fresh[p] = states.get(key, {}), _new_state(p, group)
+                for name in sorted(fresh[p].keys() | stored.keys()):
+                    theirs, ours = (_kind(s.get(name)) for s in (stored, fresh[p]))
+                    if theirs != ours:
+                        raise ValueError(f"{name} of a {tuple(p.shape)} parameter: the state has {theirs}, "
+                                         f"this optimizer needs {ours}")
+                    fresh[p][name].copy_(stored[name])
+        return groups, fresh
 
     def describe(self) -> tuple[float, str]:
-        """Return (bytes per parameter, one line): what is stored how, as the real tensors count (makes the state)."""
+        """Return (bytes per parameter, one line): what is stored how, as the real tensors count."""
         kinds = {}
         for group in self.param_groups:
             for p in group["params"]:
-                size = sum(t.nbytes for name, t in self._state(p, group).items() if name != "step")
-                name = "+".join("fp32" if m.bits == 32 else f"{m.fmt}{m.bits}" for m in _layout(p, group)[:2])
-                kind = kinds.setdefault(name, [0, 0, 0])
-                kind[:] = kind[0] + 1, kind[1] + p.numel(), kind[2] + size
-        parts = [f"{k} {n} tensors, {e / 1e6:.2f}M elements, {b / 1e6:.2f} MB" for k, (n, e, b) in kinds.items()]
-        elements, size = (sum(kind[i] for kind in kinds.values()) for i in (1, 2))
-        each = size / elements
+                self.state[p] = self.state[p] or _new_state(p, group)
+                size = sum(t.nbytes for name, t in self.state[p].items() if name != "step")
+                m1, m2 = (f"{m.fmt}{m.bits}" if m.bits < 32 else "fp32" for m in _layout(p, group)[:2])
+                tensors, elements, total = kinds.get(f"{m1}+{m2}", (0, 0, 0))
+                kinds[f"{m1}+{m2}"] = tensors + 1, elements + p.numel(), total + size
+        parts = [f"{kind} {tensors} tensors, {elements / 1e6:.2f}M elements, {size / 1e6:.2f} MB"
+                 for kind, (tensors, elements, size) in kinds.items()]
+        _, elements, size = map(sum, zip(*kinds.values(), strict=True)) if kinds else (0, 0, 0)
+        each = size / max(1, elements)
         return each, f"optimizer state: {each:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
 
 
-def _hyper(group: dict, t: int, device: torch.device) -> Tensor:
-    """Return adamw_update's `hyper` for step t."""
-    beta1, beta2 = group["betas"]
-    debias = sqrt(1 - beta2**t)
-    return torch.tensor([1 - group["lr"] * group["weight_decay"], group["lr"] * debias / (1 - beta1**t),
-                         beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=device)
-
-
-def _keys(seed: int, n: int, t: int, device: torch.device) -> Tensor:
-    """Return hash_noise's key of each of n parameters at step t: int32 (n, 2)."""
-    seeds = np.random.SeedSequence((seed, t)).generate_state(n).view(np.int32)
-    return torch.tensor(np.stack([seeds, np.zeros_like(seeds)], 1), device=device)
-
-
 def _layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
-    """Return (m1, m2, n, B): how p's moments are stored, as n rows of B elements; the last one perhaps incomplete.
-
-    Raises: ValueError for 4 bits and rows of odd length.
-    """
-    return _layout_of(p.shape, tuple(group["m1"]), tuple(group["m2"]), group["block"])
-
-
-@lru_cache(None)
-def _layout_of(shape: torch.Size, m1: tuple, m2: tuple, block: int) -> tuple[Moment, Moment, int, int]:
-    """See _layout; asked for every tensor at every step."""
-    m1, m2 = (Moment(), Moment()) if shape.numel() < MIN_SIZE else (Moment(*m1), Moment(*m2))
+    """Return (m1, m2, n, B): p's moments are stored as n rows of B elements, the last one filled up."""
+    if p.is_complex():
+        raise ValueError(f"a {tuple(p.shape)} parameter is complex; give AdamW its torch.view_as_real")
+    small = p.numel() < MIN_SIZE
+    m1, m2 = (Moment() if small else Moment(*group[m]) for m in ("m1", "m2"))
     stored = [m for m in (m1, m2) if m.bits < 32]
-    n, width = -(-shape.numel() // block), block
+    n, width = -(-p.numel() // group["block"]), group["block"]
     if any(m.gran == "per_channel" for m in stored):
-        n = shape[0] if len(shape) >= 2 else 1
-        width = shape.numel() // n
+        n = p.shape[0] if p.dim() >= 2 else 1
+        width = p.numel() // n
         if width % 2 and any(m.bits == 4 for m in stored):
-            raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(shape)} parameter have "
-                             f"{width} elements; use per_block")
+            raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(p.shape)} "
+                             f"parameter have {width} elements; use per_block")
     return m1, m2._replace(second=True), n, width
 
 
@@ -537,11 +479,6 @@ def _is_plain(p: Tensor, group: dict) -> bool:
     """Return whether torch's fused AdamW does the step: fp32, all of it."""
     m1, m2, *_ = _layout(p, group)
     return p.dtype == torch.float32 and m1.bits == m2.bits == 32
-
-
-def _whole_rows(z: Tensor, size: int) -> Tensor:
-    """Return z flat and contiguous, a view where it can be; a copy filled with zeros if the last block needs it."""
-    return F.pad(z.reshape(-1), (0, size - z.numel())) if z.numel() < size else z.reshape(-1)
 
 
 def _new_state(p: Tensor, group: dict) -> dict:
@@ -554,9 +491,9 @@ def _new_state(p: Tensor, group: dict) -> dict:
         if m.bits == 32:
             state[name] = torch.zeros(n, width, device=p.device)
             continue
-        zero = 0 if m.second else 2 ** (m.bits - 1) - 1
-        state[name] = torch.full((n, width * m.bits // 8), zero * (17 if m.bits == 4 else 1), dtype=torch.uint8,
-                                 device=p.device)
+        zero = 0 if m.second else 2 ** (m.bits - 1) - 1  # the code of the level 0
+        packed = zero * 17 if m.bits == 4 else zero  # twice in a byte
+        state[name] = torch.full((n, width * m.bits // 8), packed, dtype=torch.uint8, device=p.device)
     per_tensor = any(m.gran == "per_tensor" for m in moments if m.bits < 32)
     state["scales"] = torch.zeros(1 if per_tensor else n, 2, device=p.device)
     return state

@@ -45,6 +45,7 @@ def name(case):
 
 
 by_book, by_config = (pytest.mark.parametrize(*args, ids=name) for args in (("moment", BOOKS), ("config", CONFIGS)))
+by_noisy_book = pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
 
 
 def make(config, shapes=SHAPES, lr=1e-3, dtype=torch.float32, **options):
@@ -99,10 +100,21 @@ def book(moment):
     return k * k.abs() if square else k
 
 
-def middles(moment):
-    """Return the middles of neighbouring values (float64)."""
-    a = book(moment)
-    return (a[1:] + a[:-1]) / 2
+def unpack(codes, bits):
+    """Codes (n, B/2) of 4 bits -> (n, B): low halves first."""
+    return torch.cat([codes & 15, codes >> 4], 1) if bits == 4 else codes
+
+
+def stored(opt, p):
+    """Return m and v of p as its state has them, in float64, in rows (n, B)."""
+    group, state = next(g for g in opt.param_groups if any(p is q for q in g["params"])), opt.state[p]
+    result = []
+    for i, key in enumerate(("exp_avg", "exp_avg_sq")):
+        x, moment = state[key], Moment(*group[f"m{i + 1}"])._replace(second=bool(i))
+        if x.dtype == torch.uint8:
+            x = book(moment)[unpack(x, moment.bits).long()] * state["scales"][:, i, None].double()
+        result.append(x.double())
+    return result
 
 
 def nearest_enough(x, scale, codes, moment, ulps, size=None):
@@ -120,7 +132,7 @@ def test_code_books_are_the_documented_ones_and_every_code_survives(moment):
     """Ascending: a code is a rank. Dynamic m has 1 but no -1. encode(decode(code)) = code, at any scale, with noise."""
     codes = torch.arange(len(book(moment)), dtype=torch.uint8).view(1, -1)
     values = decode(codes, ONE, moment)[0]
-    torch.testing.assert_close(values.double(), book(moment), rtol=1e-6, atol=0)
+    torch.testing.assert_close(values.double(), book(moment), rtol=1.001 * U, atol=0)  # one rounding to fp32
     assert (values[1:] > values[:-1]).all()
     if moment.fmt == "dynamic":
         assert len(values) == 2**moment.bits and values[-1] == 1 and (values == 0).sum() == 1 and -1 not in values
@@ -133,22 +145,20 @@ def test_code_books_are_the_documented_ones_and_every_code_survives(moment):
 
 @by_book
 def test_encode_is_nearest_and_ties_are_the_documented_ones(moment):
-    """Random numbers and all middles; ties go away from zero."""
-    gen, mid = torch.Generator().manual_seed(0), middles(moment)
-    x = book(moment)[-1] * torch.cat([torch.rand(20000, generator=gen), 10 ** (-9 * torch.rand(20000, generator=gen))])
-    x = torch.cat([x, *([] if moment.second else [-0.99 * x]), *(mid * (1 + e * U) for e in range(-6, 7, 2))])
+    """Random numbers and all middles; ties go away from zero, in dynamic up."""
+    gen, values = torch.Generator().manual_seed(0), book(moment)
+    mid, low = (values[1:] + values[:-1]) / 2, torch.arange(len(values) - 1)
+    x = values[-1] * torch.cat([torch.rand(20000, generator=gen), 10 ** (-9 * torch.rand(20000, generator=gen))])
+    x = torch.cat([x, *([] if moment.second else [-x]), *(mid * (1 + e * U) for e in range(-6, 7, 2))])
     x = x.float().view(1, -1)
-    assert nearest_enough(x, ONE, encode(x, ONE, moment), moment, ulps=4 if moment.fmt != "dynamic" else 16)
+    assert nearest_enough(x, ONE, encode(x, ONE, moment), moment, ulps=4)
 
-    low, codes = torch.arange(len(mid)), encode(mid.float().view(1, -1), ONE, moment)[0].long()
-    if moment.fmt != "dynamic":
-        assert (mid.float().double() == mid).all()  # all middles are exact in fp32
-        assert torch.equal(codes, low + (mid > 0))
-    else:  # 0.1 + 0.9 j / 64 is exact for j = 4, 9, 14, ...; elsewhere to 10 ulp
-        up, exact = (mid > 0).long(), ((mid.float().double() - mid).abs() <= 1e-14 * mid.abs()) & (mid.abs() > 0.1)
-        assert torch.equal(codes[exact], (low + up)[exact]) and (exact.sum() >= 20 or moment.bits == 4)
-        above, below = (encode((mid.float() * (1 + e * U)).view(1, -1), ONE, moment)[0].long() for e in (20, -20))
-        assert torch.equal(above, low + up) and torch.equal(below, low + 1 - up)
+    up = mid > 0
+    exact = (mid.float().double() - mid).abs() <= 1e-14 * mid.abs()  # dynamic: 0.1 + 0.9 j / 64 is for j = 4, 9, ...
+    assert exact.all() if moment.fmt != "dynamic" else exact.sum() >= 20 or moment.bits == 4
+    at, above, below = (encode((mid.float() * (1 + e * U)).view(1, -1), ONE, moment)[0] for e in (0, 4, -4))
+    assert torch.equal(at[exact], (low + (up | (moment.fmt == "dynamic")))[exact].byte())
+    assert torch.equal(above, (low + up).byte()) and torch.equal(below, (low + ~up).byte())  # (away from, towards 0)
 
 
 @given(st.sampled_from(BOOKS), st.sampled_from(["per_tensor", "per_block"]), st.floats(-30, 15), st.integers(0, 99),
@@ -162,18 +172,18 @@ def test_stored_moment_is_close(moment, gran, magnitude, seed, shape, outlier):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**magnitude
     x = x.abs() if moment.second else x
     x[0], x[1].view(-1)[5] = 0.0, x.abs().max() * (1000 if outlier else 1)
-    scale = new_scale([x], moment)
+    scale = new_scale(x, moment)
     assert scale.shape == (1 if gran == "per_tensor" else len(x), 1) and (scale > 0).all()
     codes = encode(x, scale, moment)
     y = decode(codes, scale, moment)
     assert codes.dtype == torch.uint8 and torch.isfinite(y).all() and (x * y >= 0).all()
-    assert nearest_enough(x, scale, codes, moment, ulps=16)
+    assert nearest_enough(x, scale, codes, moment, ulps=6)
     assert (y[0].abs() <= scale[0]).all() and (moment.second or (y[0] == 0).all())
     if x.max() > 1e-28:
         assert y.max() == pytest.approx(x.max().item(), rel=1e-6 if x.max() == x.abs().max() else 0.5)
 
 
-@pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
+@by_noisy_book
 def test_stochastic_rounding_is_unbiased(moment):
     """To the code below or above, and the mean of many is the number: 5 sigma, and noise of 15 bits."""
     n = 2**16
@@ -184,17 +194,34 @@ def test_stochastic_rounding_is_unbiased(moment):
     y = decode(encode(x, ONE, moment, noise), ONE, moment).double()
     up = (book(moment) > x[0, :, None].double()).int().argmax(1)
     for i, column in enumerate(y.T):
-        torch.testing.assert_close(column.unique(), book(moment)[up[i] - 1:up[i] + 1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(column.unique(), book(moment)[up[i] - 1:up[i] + 1], rtol=0, atol=0)
     assert ((y.mean(0) - x[0].double()).abs() <= 5 * y.std(0) / n**0.5 + (y.amax(0) - y.amin(0)) * 2.0**-16).all()
 
 
-@pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
-def test_the_largest_is_never_rounded_up_past_its_code(moment):
-    """Even where it is an ulp or two above its level, with the largest noise there is. (Code 256 would be 0.)"""
+@by_noisy_book
+def test_the_ends_of_a_book(moment):
+    """The largest is not rounded up past its code (256 would be 0), though an ulp too large, with the largest noise.
+
+    Whatever the noise, power's v is never zero while its block is not: what is below its smallest code becomes that.
+    """
     x = 10 ** (torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0)) * 60 - 28)
     x = torch.cat([x, (1 + torch.arange(100_000) * 2.0**-22)[:, None]])
-    codes = encode(x, new_scale([x], moment), moment, torch.tensor([[1 - 2.0**-16]]))
+    codes = encode(x, new_scale(x, moment), moment, torch.tensor([[1 - 2.0**-16]]))
     assert (codes == len(book(moment)) - 1).all()
+    if moment.fmt == "power" and moment.second:
+        x = torch.tensor([[0.0, 1e-9, 0.2, 0.7, 1.0]]).expand(99, -1)
+        assert (encode(x, ONE, moment, torch.linspace(1e-5, 1 - 1e-5, 99)[:, None]) == 0).all()
+
+
+@pytest.mark.parametrize(("floor", "scale", "v"), [(True, 1e-8 / 127, 1.8e-10), (True, 1e-8 / 127, 3e-11),
+                                                   (False, 1.8e-10 / 127, 1.8e-10)])
+def test_the_papers_floor(floor, scale, v):
+    """It holds max|x|, as amax.clamp(min=1e-8) / 127 does, and not the scale: v below half a step becomes zero."""
+    (p,), opt = make({**both(fmt="linear"), "mfloor": floor}, [(16, 256)])
+    p.grad = torch.full_like(p, (v / 0.05) ** 0.5)
+    opt.step()
+    assert opt.state[p]["scales"][0, 1].item() == pytest.approx(scale, rel=1e-4)
+    assert ((stored(opt, p)[1] == 0) == (v < scale / 2)).all()
 
 
 def test_noise_is_uniform_and_depends_on_seed_and_row_only():
@@ -255,7 +282,7 @@ def test_update_with_fp32_moments_is_torchs_adamw(rates):
         g = torch.randn(p.shape, generator=gen)
         q.grad = g.double()
         theirs.step()
-        adamw_update([p], [g], [m], [v], scales, hyper(t, *rates), None, Moment(), Moment(second=True))
+        adamw_update(p, g, m, v, scales, hyper(t, *rates), None, Moment(), Moment(second=True))
     # a step rounds p three times: in the constant 1 - lr wd, in the product with it, in the difference
     torch.testing.assert_close(p.double(), q.detach(), rtol=3 * 60 * U, atol=1e-5 * 60 * lr)
     # m near zero is a difference of larger numbers: its rounding counts in units of the gradient
@@ -263,42 +290,36 @@ def test_update_with_fp32_moments_is_torchs_adamw(rates):
     torch.testing.assert_close(v.double(), theirs.state[q]["exp_avg_sq"], rtol=1e-4, atol=1e-9)
 
 
-def unpack(codes, bits):
-    """Codes (n, B/2) of 4 bits -> (n, B): low halves first."""
-    return torch.cat([codes & 15, codes >> 4], 1) if bits == 4 else codes
-
-
 @pytest.mark.parametrize("config", [*CONFIGS, both(4, fmt="linear")], ids=name)
 def test_a_step_is_the_papers_in_float64(config):
     """Read the codes, update, step with the FRESH moments, store: each step from what optim.py has stored before."""
-    (p,), opt = make(config, [(24, 256)], lr=0.01)
-    group, state = opt.param_groups[0], opt.state[p]
-    moments = Moment(*group["m1"]), Moment(*group["m2"])._replace(second=True)
-    stored = [torch.zeros(24 * 256 // group["block"], group["block"]).double()] * 2  # 256 is also the row
+    (p,), opt = make(config, [(96, 64)], lr=0.01)  # a block is also a row
+    old, group = [torch.zeros(96, 64).double()] * 2, opt.param_groups[0]
     for t in range(1, 9):
-        before = p.detach().double().view(stored[0].shape)
+        before = p.detach().double()
         walk([p], opt, [t])
-        state, g = opt.state[p], p.grad.double().view(stored[0].shape)
+        g, state, new = p.grad.double(), opt.state[p], stored(opt, p)
         decay, lr, b1, rest1, b2, rest2, eps = hyper(t, 0.01, 0.9, 0.95, 0.1, 1e-8, torch.float64)
-        m, v = b1 * stored[0] + rest1 * g, b2 * stored[1] + rest2 * g * g
-        sizes = b1 * stored[0].abs() + rest1 * g.abs(), v  # m can be the difference of larger numbers
-        error = (p.detach().double().view(m.shape) - (decay * before - lr * m / (v.sqrt() + eps))).abs()
+        m, v = b1 * old[0] + rest1 * g, b2 * old[1] + rest2 * g * g
+        sizes = b1 * old[0].abs() + rest1 * g.abs(), v  # m can be the difference of larger numbers
+        error = (p.detach().double() - (decay * before - lr * m / (v.sqrt() + eps))).abs()
         assert (error <= 4 * U * before.abs() + 16 * U * lr * sizes[0] / (v.sqrt() + eps)).all()
-        for i, (x, key, moment) in enumerate(zip((m, v), ("exp_avg", "exp_avg_sq"), moments, strict=True)):
+        for i, (x, key) in enumerate(zip((m, v), ("exp_avg", "exp_avg_sq"), strict=True)):
+            moment = Moment(*group[f"m{i + 1}"])._replace(second=bool(i))
             if moment.bits == 32:
-                stored[i] = state[key].double().view(m.shape)
-                assert ((stored[i] - x).abs() <= 4 * U * sizes[i]).all()
+                assert ((new[i] - x).abs() <= 4 * U * sizes[i]).all()
                 continue
-            scale, codes = state["scales"][:, i, None].double(), unpack(state[key], moment.bits)
+            scale, codes = state["scales"][:, i, None].double(), unpack(state[key], moment.bits).long()
+            values = book(moment)
             top = x.abs().amax(None if moment.gran == "per_tensor" else 1, keepdim=True)
-            torch.testing.assert_close(scale * book(moment)[-1], top, rtol=1e-6, atol=1e-37)
+            torch.testing.assert_close(scale * values[-1], top, rtol=1e-6, atol=1e-37)
             if moment.rounding == "nearest":
                 assert nearest_enough(x, scale, codes, moment, 32, sizes[i])
             else:  # x lies between the codes beside it
-                edges = torch.cat([torch.tensor([-math.inf]), book(moment), torch.tensor([math.inf])])
+                edges = torch.cat([torch.tensor([-INF]), values, torch.tensor([INF])])
                 slack = 32 * U * sizes[i]
-                assert ((edges[codes.long()] * scale - slack < x) & (x < edges[codes.long() + 2] * scale + slack)).all()
-            stored[i] = book(moment)[codes.long()] * scale
+                assert ((edges[codes] * scale - slack < x) & (x < edges[codes + 2] * scale + slack)).all()
+        old = new
 
 
 # -----------------------------------------------------------------------------
@@ -349,7 +370,7 @@ def test_3_a_zero_gradient_moves_nothing(config):
     for _ in range(3):
         opt.step()
     assert same(params, before)
-    assert all((s["exp_avg"] == 0).all() for s in opt.to_torch_state_dict()["state"].values())
+    assert all((stored(opt, p)[0] == 0).all() for p in params if p.numel() >= 4096)
 
 
 @by_config
@@ -365,7 +386,7 @@ def test_4_one_bad_element_harms_nobody(config):
                 p.grad.view(-1)[77] = value
             o.step()
         assert same(params, others, opt, opt2)
-    assert all(torch.isfinite(x).all() for x in [*params, *opt.to_torch_state_dict()["state"][0].values()])
+    assert all(torch.isfinite(x).all() for x in [*params, *stored(opt, params[0])])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -373,7 +394,7 @@ def test_4_one_bad_element_harms_nobody(config):
 def test_5_a_resumed_run_is_the_same_bit_for_bit(config, dtype):
     """state_dict -> torch.save -> torch.load(weights_only=True), and the state keeps its dtypes."""
     (params, opt), (others, opt2), file = make(config, dtype=dtype), make(config, dtype=dtype), io.BytesIO()
-    walk(params[:-1], opt, range(3))  # the last one has no state
+    walk(params[:-1], opt, range(3))  # the last one has no gradient
     torch.save(opt.state_dict(), file)
     walk(others[:2], opt2, [9])  # what it has is replaced
     for p, q in zip(params, others, strict=True):
@@ -388,9 +409,9 @@ def test_5_a_resumed_run_is_the_same_bit_for_bit(config, dtype):
     assert opt2.state[others[0]]["exp_avg"].dtype == expected
 
 
-@pytest.mark.parametrize(("bits", "each", "total"), [(8, 2 + 8 / 256, 2.04), (4, 1 + 8 / 128, 1.07)])
+@pytest.mark.parametrize(("bits", "each", "total"), [(8, 2 + 8 / 64, 2.13), (4, 1 + 8 / 64, 1.13)])
 def test_6_bytes_of_the_state(bits, each, total):
-    """2 + 8/256 and 1 + 8/128 bytes exactly where blocks fit, 2.04 and 1.07 over GPT-2 small; describe() says so."""
+    """2 and 1 + 8/64 bytes exactly where blocks fit, 2.13 and 1.13 over GPT-2 small; describe() says so."""
     c = 768
     layer = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
     params = [nn.Parameter(torch.empty(s)) for s in [(50304, c), (1024, c), *layer * 12, (c,), (c,)]]
@@ -410,9 +431,9 @@ def memory(field):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
-@pytest.mark.parametrize("compile", [True, False])
-def test_6_temporary_memory(compile):
-    """A step of 16M elements takes less than 5 % of the fp32 state if compiled, and a few pieces if not."""
+@pytest.mark.parametrize(("compile", "copies"), [(True, 8), (False, 24)])
+def test_6_temporary_memory(compile, copies):
+    """A step of 16M elements takes a few fp32 pieces of 1M, and no copy of the tensor."""
     (p,), opt = make(DEFAULT8, [(4096, 4096)], compile=compile)
     walk(*make(DEFAULT8, [(64, 256)], compile=compile), range(2))  # compiles
     p.grad = torch.ones_like(p)
@@ -421,7 +442,7 @@ def test_6_temporary_memory(compile):
         file.write("5")  # the peak starts here
     before = memory("VmRSS")
     opt.step()
-    assert memory("VmHWM") - before < (0.05 * 8 * p.numel() if compile else 24 * 4 * optim.PIECE)
+    assert memory("VmHWM") - before < copies * 4 * optim.PIECE
 
 
 class TinyGPT(nn.Module):
@@ -436,12 +457,13 @@ class TinyGPT(nn.Module):
 
 
 @pytest.mark.parametrize("config", [DEFAULT8, NEAREST8, DEFAULT4, DYNAMIC8], ids=name)
-def test_7_two_graphs_and_the_bits_of_eager(config):
-    """A new learning rate every step, ragged shapes, a missing gradient: two graphs at most, and eager's bits."""
+def test_7_two_graphs_and_the_bits_of_eager(config, monkeypatch):
+    """A new learning rate every step, ragged shapes, pieces, a missing gradient: two graphs at most, eager's bits."""
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     optim.compiled_update.cache_clear()
     counters.clear()
+    monkeypatch.setattr(optim, "PIECE", 20_000)
     model, config = TinyGPT(), OptimConfig(**config)
     models = model, copy.deepcopy(model)
     opts = [AdamW(param_groups(m, config), 1e-3, config, compile=c) for m, c in zip(models, (True, False), strict=True)]
@@ -457,14 +479,14 @@ def test_7_two_graphs_and_the_bits_of_eager(config):
 
 
 def test_7_many_formats_in_one_process(monkeypatch):
-    """Each format is code of its own: dynamo's limit of recompilations (8; here 2) counts none against the others."""
+    """Dynamo's limit of recompilations (8; here 2) and what it has seen vary are each format's own."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options=None, **k: real(f, **{**k, "backend": "eager"}))
+    monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, **{**k, "backend": "eager"}))
     torch._dynamo.reset()
     optim.compiled_update.cache_clear()
     try:
         with torch._dynamo.config.patch(recompile_limit=2):
-            for config in M1, dict(m1bits=4), dict(m1bits=8, m1fmt="linear"), dict(m1bits=8, m1gran="per_tensor"):
+            for config in M1, dict(m1bits=4), dict(m1bits=8, m1fmt="linear"), DEFAULT4, DYNAMIC8:
                 walk(*make(config, [(64, 256)], compile=True), [0])
     finally:
         optim.compiled_update.cache_clear()
@@ -476,25 +498,26 @@ def test_7_many_formats_in_one_process(monkeypatch):
 
 @by_config
 def test_odd_parameters(config, monkeypatch):
-    """Non-contiguous ones, in one piece or many, are the straight ones; frozen and idle ones are left alone."""
+    """Non-contiguous ones, in one piece or many, are the straight ones; frozen, idle, empty ones are left alone."""
     crooked = nn.Parameter(torch.randn(60, 96, generator=torch.Generator().manual_seed(0)).t() * 0.02)
     before = crooked.detach().clone()
     straight, idle = nn.Parameter(before.contiguous()), nn.Parameter(torch.ones(70, 70))
     frozen = nn.Parameter(torch.ones(70, 70), requires_grad=False)
-    opt, opt2 = (AdamW(ps, 1e-3, OptimConfig(**config), compile=False) for ps in ([crooked, frozen, idle], [straight]))
-    walk([crooked], opt, range(3))
+    rest = [frozen, idle, nn.Parameter(torch.empty(0, 9)), nn.Parameter(torch.empty(9, 0).bfloat16())]
+    opt, opt2 = (AdamW(ps, 1e-3, OptimConfig(**config), compile=False) for ps in ([crooked, *rest], [straight]))
+    walk([crooked, *rest[2:]], opt, range(3))
     monkeypatch.setattr(optim, "PIECE", 1000)
     walk([straight], opt2, range(3))
     assert not crooked.is_contiguous() and same([crooked], [straight], opt, opt2)
-    assert (crooked != before).all() and (idle == 1).all() and idle not in opt.state and frozen not in opt.state
+    assert (crooked != before).all() and (idle == 1).all() and opt.state[idle]["step"] == 0 and (frozen == 1).all()
 
 
 def test_noise_differs_by_parameter_step_and_seed_only():
-    """Equal gradients, other codes, in most of 32 rows; a missing gradient elsewhere changes nothing."""
+    """Equal gradients, other codes, in most of 64 rows; a missing gradient elsewhere changes nothing."""
     def codes(seed=0, missing=False, step=0):
         params, opt = make(both(4, round="stochastic"), [(16, 256)] * 3, seed=seed)
         for p in params:
-            p.grad = torch.randn(128, generator=torch.Generator().manual_seed(7)).repeat(16, 2)  # equal blocks of 128
+            p.grad = torch.randn(64, generator=torch.Generator().manual_seed(7)).repeat(16, 4)  # equal blocks of 64
         params[0].grad = None if missing else params[0].grad
         opt.describe()  # makes the state
         for p in params:
@@ -507,51 +530,32 @@ def test_noise_differs_by_parameter_step_and_seed_only():
     assert len(a[0].unique(dim=0)) > 20
 
 
-def test_a_channel_is_a_block_of_its_width():
-    """per_channel and per_block with the block as long as the row: the same bits. Odd rows refuse 4 bits."""
-    for bits in (8, 4):
-        (p, opt), (q, opt2) = (make({**both(bits), **c}, [(40, 128)]) for c in (both(bits, gran="per_channel"),
-                                                                                {"mblock": 128}))
-        walk(p, opt, range(4))
-        walk(q, opt2, range(4))
-        assert same(p, q, opt, opt2)
-    with pytest.raises(ValueError, match=r"\(77, 101\).*101"):
-        walk(*make(both(4, gran="per_channel"), [(77, 101)]), [0])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_channel_is_a_block_of_its_width(bits):
+    """per_channel and per_block with the block as long as the row: the same bits."""
+    (p, opt), (q, opt2) = (make({**both(bits, gran=gran), **block}, [(40, 128)])
+                           for gran, block in (("per_channel", {}), ("per_block", {"mblock": 128})))
+    walk(p, opt, range(4))
+    walk(q, opt2, range(4))
+    assert same(p, q, opt, opt2)
 
 
-def test_v_is_rounded_stochastically_where_its_format_can():
+@pytest.mark.parametrize(("config", "m1", "m2"), [
+    (DEFAULT8, "nearest", "stochastic"), (NEAREST8, "nearest", "nearest"), (DYNAMIC8, "nearest", "nearest"),
+    (both(4, fmt="linear"), "nearest", "nearest"), (both(round="stochastic"), "stochastic", "stochastic")])
+def test_v_is_rounded_stochastically_where_its_format_can(config, m1, m2):
     """auto: power's v, whose code has no zero; the paper's linear and bitsandbytes' dynamic stay as published."""
-    for config, rounding in ((DEFAULT8, "stochastic"), (NEAREST8, "nearest"), (DYNAMIC8, "nearest"),
-                             (both(4, fmt="linear"), "nearest"), (both(round="stochastic"), "stochastic")):
-        assert Moment(*OptimConfig(**config).formats()["m2"]).rounding == rounding
-    assert Moment(*OptimConfig(**DEFAULT8).formats()["m1"]).rounding == "nearest"
-
-
-def test_checkpoints_from_before_auto():
-    """Then m2round=nearest was the default: with fp32 moments it says nothing, with others it is kept."""
-    assert OptimConfig(m2round="nearest", m1round="nearest").formats() == OptimConfig().formats()
-    (params, opt), (_, opt2) = make(NEAREST8), make(DEFAULT8)
-    walk(params, opt, [0])
-    with pytest.raises(ValueError, match="nearest.*stochastic"):
-        opt2.load_state_dict(opt.state_dict())
-
-
-def test_v_below_its_smallest_code_becomes_it():
-    """Whatever the noise: v is never zero while its block is not."""
-    for moment in BOOKS:
-        if moment.fmt == "power" and moment.second:
-            x = torch.tensor([[0.0, 1e-9, 0.2, 0.7, 1.0]]).expand(99, -1)
-            assert (encode(x, ONE, moment, torch.linspace(1e-5, 1 - 1e-5, 99)[:, None]) == 0).all()
+    formats = OptimConfig(**config).formats()
+    assert (Moment(*formats["m1"]).rounding, Moment(*formats["m2"]).rounding) == (m1, m2)
 
 
 BAD = [("weight_decay", dict(weight_decay=-1)), ("beta1", dict(beta1=1.0)), ("beta2", dict(beta2=-0.1)),
        ("m1bits", dict(m1bits=5)), ("m2bits", dict(m2bits=16)), ("m1fmt", dict(m1fmt="linear")),
        ("m2gran", dict(m1bits=8, m2gran="per_tensor")), ("m2round", dict(m2round="stochastic")),
-       ("m1fmt", dict(m1fmt="nearest")),
-       ("m1round", dict(m1bits=8, m1fmt="dynamic", m1round="stochastic")),
+       ("m2round", dict(m2round="nearest")), ("m1round", dict(m1bits=8, m1fmt="dynamic", m1round="stochastic")),
        ("m2round", {**DYNAMIC8, "m2round": "stochastic"}), ("m1gran", {**DEFAULT8, "m1gran": "per_tensor"}),
-       ("mblock", dict(mblock=64)), ("mblock", {**M1, "mblock": 63}), ("mblock", {**M1, "mblock": 0}),
-       ("mblock", {**M1, "m1gran": "per_channel", "mblock": 64}),
+       ("mblock", dict(mblock=32)), ("mblock", {**M1, "mblock": 63}), ("mblock", {**M1, "mblock": 0}),
+       ("mblock", {**M1, "m1gran": "per_channel", "mblock": 32}),
        ("mfloor", {**DEFAULT8, "mfloor": True}), ("membed32", dict(membed32=True))]
 
 
@@ -562,55 +566,56 @@ def test_a_useless_flag_is_refused_by_name(flag, config):
         OptimConfig(**config)
 
 
-def test_a_sparse_gradient_is_refused():
-    """With the way out."""
+def test_parameters_that_cannot_be_stored_are_refused():
+    """Odd rows in 4 bits and complex numbers at once, a sparse gradient in the step."""
+    with pytest.raises(ValueError, match=r"\(77, 101\).*101"):
+        make(both(4, gran="per_channel"), [(77, 101)])
+    with pytest.raises(ValueError, match=r"\(3, 5\).*complex"):
+        make({}, [(3, 5)], dtype=torch.complex64)
     table = nn.Embedding(1000, 8, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="sparse=False"):
         AdamW(table.parameters(), 1e-3, OptimConfig(**DEFAULT8)).step()
+    assert AdamW([{"params": []}], 1e-3).describe()[0] == 0
 
 
 def test_a_foreign_state_is_refused():
-    """Another format, block or shape, torch's own: both sides are named, and nothing is loaded."""
+    """Another format, block or shape, torch's own, a missing part: both sides are named, and nothing is loaded."""
     params, opt = make(DEFAULT8)
+    fresh = copy.deepcopy(opt.state_dict())
     walk(params, opt, [0])
     saved, theirs = opt.state_dict(), torch.optim.AdamW(params)
-    for config in ({}, DEFAULT4, both(fmt="linear"), both(round="stochastic"), both(gran="per_channel")):
+    for config in ({}, DEFAULT4, NEAREST8, both(fmt="linear"), both(gran="per_channel")):
         with pytest.raises(ValueError, match=rf"\(8, 'power'.*this optimizer has .*\({config.get('m1bits', 32)},"):
-            make(config, SHAPES[:1])[1].load_state_dict(saved)
+            make(config, SHAPES)[1].load_state_dict(saved)
     walk(params, theirs, [0])
     with pytest.raises(ValueError, match=r"\(32,\).*this optimizer has.*power"):
         opt.load_state_dict(theirs.state_dict())
-    for config, shapes in ({**DEFAULT8, "mblock": 64}, SHAPES), (DEFAULT8, [(48, 512), *SHAPES[1:]]):
+    for config, shapes in ({**DEFAULT8, "mblock": 32}, SHAPES), (DEFAULT8, [(48, 512), *SHAPES[1:]]):
         _, other = make(config, shapes)
-        with pytest.raises(ValueError, match=r"uint8 \(48, 256\).*uint8 \((192, 64|96, 256)\)"):
+        with pytest.raises(ValueError, match=r"uint8 \(192, 64\).*uint8 \((384, 32|384, 64)\)"):
             other.load_state_dict(saved)
         assert not other.state
     with pytest.raises(ValueError, match="this optimizer has"):
         make(DEFAULT8, SHAPES[:-1])[1].load_state_dict(saved)
+    state = saved["state"]
+    for broken, shape in (({k: v for k, v in state.items() if k != 1}, r"\(77, 101\).*nothing"),
+                          ({**state, 2: {"step": state[2]["step"]}}, r"exp_avg of a \(5000,\).*nothing")):
+        with pytest.raises(ValueError, match=shape):
+            make(DEFAULT8)[1].load_state_dict({**saved, "state": broken})
+    opt.load_state_dict(fresh)  # of a run before its first step
+    assert not opt.state
 
 
-@pytest.mark.parametrize("config", [{}, *CONFIGS], ids=name)
-def test_the_way_to_torch(config):
-    """torch.optim.AdamW loads the decoded moments and takes the same next step."""
-    params, opt = make(config)
-    walk(params, opt, range(3))
-    others, group = copy.deepcopy(params), opt.param_groups[0]
-    theirs = torch.optim.AdamW(others, lr=9.0)
-    theirs.load_state_dict(opt.to_torch_state_dict())
-    for p, q in zip(params, others, strict=True):
-        assert theirs.state[q]["step"] == 3
-        for i, key in enumerate(("exp_avg", "exp_avg_sq")):
-            moment, stored = Moment(*group[f"m{i + 1}"])._replace(second=bool(i)), opt.state[p][key]
-            if stored.dtype == torch.uint8:
-                scale = opt.state[p]["scales"][:, i, None].double()
-                stored = (book(moment)[unpack(stored, moment.bits).long()] * scale).float()
-            want = stored.flatten()[: p.numel()].view(p.shape)
-            torch.testing.assert_close(theirs.state[q][key], want, rtol=1e-6, atol=1e-40)
-    walk(params, opt, [3])
-    walk(others, theirs, [3])
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # an update is 1e-3
+@pytest.mark.parametrize("broken", [{}, None, {"param_groups": 3}, {"param_groups": "ab"}, {"state": [1]},
+                                    {"state": {0: 5}}, {"state": {0: {"exp_avg": 1}}}, {"param_groups": [{"lr": 1}]},
+                                    {"param_groups": [{"params": [0], "m1": (32,), "m2": (32,)}]}], ids=str)
+def test_nonsense_is_no_state(broken):
+    """Whatever is missing or of another type: one line."""
+    params, opt = make({}, SHAPES[:1])
+    walk(params, opt, [0])
+    with pytest.raises(ValueError, match=r"^this is not the state_dict of an optimizer: [^\n]*$"):
+        opt.load_state_dict({**opt.state_dict(), **broken} if broken else broken)
 
 
 def test_the_way_from_torch():
@@ -624,6 +629,9 @@ def test_the_way_from_torch():
     walk(params, theirs, [2])
     walk(others, opt, [2])
     assert same(params, others)
+    for option in ("amsgrad", "maximize"):  # would step otherwise here
+        with pytest.raises(ValueError, match="amsgrad or maximize"):
+            opt.load_state_dict(torch.optim.AdamW(params, **{option: True}).state_dict())
 
 
 @pytest.mark.parametrize("membed32", [False, True])
@@ -642,29 +650,50 @@ def test_param_groups(membed32):
         [torch.uint8, torch.float32 if membed32 else torch.uint8, torch.float32]
 
 
-def test_the_papers_floor():
-    """With it v below half of 1e-8 becomes zero, without it does not."""
-    for floor in (True, False):
-        (p,), opt = make({**both(fmt="linear"), "mfloor": floor}, [(16, 256)])
-        p.grad = torch.full_like(p, 6e-5)
-        opt.step()  # v = 0.05 * 3.6e-9
-        assert opt.state[p]["scales"][0, 1].item() == pytest.approx(1e-8 if floor else 1.8e-10 / 127, rel=1e-4)
-        assert (opt.to_torch_state_dict()["state"][0]["exp_avg_sq"] == 0).all() == floor
+def test_reparams_have_groups_of_their_own():
+    """One per lr_scale, no decay, fp32 moments; a group's own keys outlive a checkpoint."""
+    model, config = TinyGPT(), OptimConfig(**DEFAULT8)
+    for block, layer, scale in ((0, 1, None), (0, 2, 0.1), (1, 1, 0.1)):
+        model.h[block][layer].reparam = nn.Linear(96, 96, bias=False)  # a matrix, large enough for 8 bits
+        if scale:
+            model.h[block][layer].reparam.lr_scale = scale
+    model.h[1][2].reparam = None
+    opts = [AdamW(param_groups(model, config), 1e-3, config, compile=False) for _ in range(2)]
+    groups = [(len(g["params"]), g.get("lr_scale"), g["weight_decay"], g["m1"][0], g["m2"][0])
+              for g in opts[0].param_groups]
+    assert groups[0][0] == 8 and groups[3:] == [(2, 0.1, 0.0, 32, 32), (1, 1.0, 0.0, 32, 32)]
+    assert sum(group[0] for group in groups) == len(list(model.parameters()))
+    opts[0].param_groups[0]["note"] = 5
+    saved = opts[0].state_dict()
+    del saved["param_groups"][3]["lr_scale"]  # what a checkpoint does not say stays as it is here
+    opts[1].load_state_dict(saved)
+    assert [(g.get("lr_scale"), g.get("note")) for g in opts[1].param_groups] == \
+        [(None, 5), (None, None), (None, None), (0.1, None), (1.0, None)]
+
+
+def test_torchs_step_hooks_are_called():
+    """register_step_pre_hook and register_step_post_hook, as on any optimizer of torch."""
+    params, opt = make(DEFAULT8)
+    seen = []
+    for register in (opt.register_step_pre_hook, opt.register_step_post_hook):
+        register(lambda *args: seen.append(params[0].detach().clone()))
+    walk(params, opt, [0])
+    before, after = seen
+    assert not torch.equal(before, params[0]) and torch.equal(after, params[0])
 
 
 def test_stochastic_v_follows_where_nearest_is_stuck():
     """beta2 = 0.999: gradients fall tenfold, but for one element per block that keeps the scale up."""
     ratio = {}
     for rounding in ("nearest", "stochastic"):
-        (p,), opt = make({**DEFAULT8, "beta2": 0.999, "m2round": rounding}, [(16, 256)])
+        (p,), opt = make({**DEFAULT8, "beta2": 0.999, "m2round": rounding, "mblock": 256}, [(16, 256)])
         gen, exact = torch.Generator().manual_seed(0), torch.zeros(16, 256)
         for t in range(1000):
             p.grad = torch.randn(p.shape, generator=gen)
             p.grad[:, 1:] *= 1.0 if t < 100 else 0.1
             exact = 0.999 * exact + 0.001 * p.grad.square()
             opt.step()
-        v = opt.to_torch_state_dict()["state"][0]["exp_avg_sq"]
-        ratio[rounding] = (v[:, 1:].mean() / exact[:, 1:].mean()).item()
+        ratio[rounding] = (stored(opt, p)[1][:, 1:].mean() / exact[:, 1:].mean()).item()
     assert ratio["stochastic"] == pytest.approx(1, abs=0.1) and ratio["nearest"] > 1.5
 
 
@@ -717,21 +746,3 @@ def test_ranks_hold_identical_codes(tmp_path):
     (state, weights), (state2, weights2) = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(weights[k], weights2[k]) for k in weights) and state[0]["exp_avg"].dtype == torch.uint8
     assert all(torch.equal(state[i][k], state2[i][k]) for i in state for k in state[i])
-
-
-def test_copies_go_on():
-    """A deep copy of the optimizer steps as the original would; torch keeps only state and groups by itself."""
-    params, opt = make(DEFAULT4, seed=5)
-    walk(params, opt, [0])
-    others, opt2 = copy.deepcopy((params, opt))
-    walk(params, opt, [1])
-    walk(others, opt2, [1])
-    assert same(params, others, opt, opt2)
-
-
-@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
-def test_options_of_torch_that_are_not_here(option):
-    """A state of torch.optim.AdamW with amsgrad or maximize would step otherwise here: refused."""
-    params, opt = make({})
-    with pytest.raises(ValueError, match="amsgrad or maximize"):
-        opt.load_state_dict(torch.optim.AdamW(params, **{option: True}).state_dict())
