@@ -52,6 +52,7 @@ class EvalConfig:
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
+        refuse_idle(self, prompt=(self.sample_tokens > 0, "without --sample_tokens above 0"))
         refuse_idle(self, **{f.name: (not self.export, "with --export") for f in fields(self)
                              if f.name not in ("ckpt", "export")})
 
@@ -150,6 +151,8 @@ def main() -> None:
         # Without quantizers: every flag of a recipe and of an extension at its default.
         linear = extensions.linears(flat if config.quantizers == "trained" else {"n_layer": flat["n_layer"]})
         model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"])).to(device)
+        if config.quantizers == "trained":
+            extensions.at_step(flat, model, checkpoint["step"])
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)
         loss = evaluate(model, windows, config.batch_size)

@@ -79,7 +79,13 @@ Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_f
 
 
 def layer_recipe(config: QuantConfig, name: str, in_features: int, out_features: int) -> Recipe | None:
-    """Return the recipe of the linear layer `name`. Raises: ValueError if --wblock does not divide its sizes."""
+    """Return the recipe of the linear layer `name`.
+
+    Raises: ValueError if --wblock does not divide its sizes, or --skip_blocks spares blocks where nothing is quantized.
+    """
+    if config.skip_blocks and min(config.wbits, config.abits, config.gbits) == 32:
+        raise ValueError(f"--skip_blocks={','.join(map(str, config.skip_blocks))} has no effect without --wbits, "
+                         "--abits or --gbits below 32; drop it or add that")
     grad_input = config.ggran == "per_block" and config.ggemm != "grad_weight"
     for size, what, contracted in ((in_features, "in_features", "per_block" in (config.wgran, config.agran)),
                                    (out_features, "out_features", grad_input)):
@@ -95,14 +101,12 @@ def quant_linears(config: QuantConfig, n_layer: int,
     """Return the factory of a GPT's linear layers: QuantLinear, each with the recipe that its place asks for.
 
     Args: recipe_for: (name, in_features, out_features) -> recipe, where an extension has one of its own.
-    Raises: ValueError for --skip_blocks that names no block, or spares blocks where nothing is quantized.
+    Raises: ValueError for --skip_blocks that names no block.
     """
     for i in config.skip_blocks:
         if not -n_layer <= i < n_layer:
             raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are 0 to {n_layer - 1}, "
                              f"and -1 to {-n_layer} from the end")
-    if config.skip_blocks and not recipe_for and min(config.wbits, config.abits, config.gbits) == 32:
-        raise ValueError(f"--skip_blocks={config.skip_blocks} has no effect while nothing is quantized; drop it")
     recipe_for = recipe_for or partial(layer_recipe, config)
     spared = tuple(f"h.{i % n_layer}." for i in config.skip_blocks) + (() if config.quant_head else ("lm_head",))
 

@@ -94,7 +94,7 @@ class QuantConfig:
             split_qkv=(splits, "without weights quantized per_tensor, or gradients per_tensor or per_token"),
             gemm=(w and a, "without --wbits and --abits below 32"),
             backward=(w or a, "without --wbits or --abits below 32"),
-            quant_head=(w or a or g, "while nothing is quantized"))
+            quant_head=(w or a or g, "without --wbits, --abits or --gbits below 32"))
         fp8, integers = "FP8 is symmetric, 8 bits, rounded to nearest", "its scales must factor out of every GEMM"
         if self.wfmt != "int":
             refuse_unfit(self, "wfmt", fp8, wbits=(8,))
@@ -267,9 +267,10 @@ def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: 
     The dynamic quantizers above never clip, so QuantLinear needs no mask. A static, shrunken or learned scale does:
     use this in a reparam of QuantLinear, as extensions/lsq.py does.
 
-    Args: as `quantize`. Returns: x's shape and dtype; a nan stays one.
+    Args: as `quantize`; scale and zero_point get no gradient. Returns: x's shape and dtype; a nan stays one.
     Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
     """
+    scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
     qmax, zero = 2 ** (bits - 1) - 1, 0 if zero_point is None else zero_point
     q = torch.round(x.detach().float() * (1.0 / scale)) + zero  # where x lands before the clamp
     clips = (q < (-qmax if zero_point is None else -qmax - 1)) | (q > qmax)
@@ -337,14 +338,14 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
 
 # -----------------------------------------------------------------------------
 # the three GEMMs. An operand is a Tensor (R, C), or Quantized, or the NamedTuple of a foreign quantizer with a method
-# `unpack()` that returns one of the two.
+# `unpack()` that returns one of the two (and `T`, where backward="ste" is to reuse it).
 
 Operand = Tensor | tuple
 
 
 def round_operand(quantizer: Callable | None, x: Tensor) -> Operand:
     """Apply one slot of a recipe to its operand (R, C): its codes and scales if it has any, else a tensor."""
-    if hasattr(quantizer, "quantize"):
+    if hasattr(quantizer, "quantize") and getattr(quantizer, "bits", 8) < 32:
         return quantizer.quantize(x)
     return x if quantizer is None else quantizer(x)
 
@@ -385,6 +386,7 @@ def fold(quantizer: Callable | None, a: Tensor, b: Operand) -> tuple[Operand, Op
     takes them up before it is rounded, all scales are then per row, and x and w need not be rounded a second time.
     """
     if getattr(quantizer, "fold", False) and isinstance(b, Quantized) and b.scale.shape[2] > 1:
+        assert b.zero_point is None, "QuantConfig refuses zero points where a gradient takes up scales"
         s = b.scale.expand(1, 1, -1, b.codes.shape[1] // b.scale.shape[2])  # (1, 1, L/tc, tc)
         a, b = a.float() * s.reshape(1, -1), Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)
     return round_operand(quantizer, a), b

@@ -43,7 +43,7 @@ from quant import QuantConfig
 from support.checkpoint import load_weights, save_checkpoint
 from support.config import flatten, one_line_errors, refuse_idle
 from support.device import Processes, peak_flops, resolve
-from support.log import Log, introduce, read_log
+from support.log import Log, introduce, lock, read_log
 from support.presets import PRESETS, load_config
 
 
@@ -52,7 +52,7 @@ class TrainConfig:
     """The training loop. The defaults are GPT-2 small's; a preset is a dict of differences."""
     preset: str = ""  # composed from left to right, then come the flags; without a model size the device chooses one
     out_dir: str = "out"  # checkpoints and log.jsonl
-    resume: bool = False  # go on with the run in out_dir, with its configuration
+    resume: bool | None = False  # go on with the run in out_dir, as it was configured; auto: if there is one
     init_from: str = "scratch"  # scratch, or weights and shape of a checkpoint, or of a Hugging Face GPT-2 folder
     max_iters: int = 600000  # optimizer steps
     batch_size: int = 16  # sequences in a micro-batch of one process
@@ -82,10 +82,15 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, low in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("warmup_iters", 0),
-                          ("learning_rate", 0), ("min_lr", 0), ("grad_clip", 0), ("eval_interval", 1),
+                          ("learning_rate", 0.0), ("min_lr", 0.0), ("grad_clip", 0.0), ("eval_interval", 1),
                           ("eval_tokens", 0), ("log_interval", 1), ("sample_tokens", 0), ("seed", 0)):
-            if not low <= getattr(self, name) < math.inf:
+            if not low <= getattr(self, name) < (2**53 if isinstance(low, int) else math.inf):
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {low}, and finite")
+        if not self.out_dir:
+            raise ValueError("--out_dir= is empty; name a folder")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"--min_lr={self.min_lr} exceeds --learning_rate={self.learning_rate}: the rate would "
+                             "rise; give a smaller --min_lr too")
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
             raise ValueError(f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up, "
                              f"--warmup_iters={self.warmup_iters}")
@@ -284,7 +289,8 @@ class Run:
         while self.step < config.max_iters:
             if self.step % config.eval_interval == 0 and self.step > self.evaluated:
                 paused = time.perf_counter()
-                self.evaluate(log)
+                if not self.evaluate(log):
+                    return "diverged", 3
                 since += time.perf_counter() - paused
             loss, extras, norm, stopping = self.train_step()
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -306,33 +312,46 @@ class Run:
                 since, steps = time.perf_counter(), 0
             if stopping and self.step < config.max_iters:
                 number = self.stop[0] if self.stop else signal.SIGTERM
-                self.checkpoint()
+                if not self.checkpoint(log):
+                    return "diverged", 3
                 log.say(f"stopped by signal {number} at step {self.step}; to go on: "
                         f"python {sys.argv[0]} --resume --out_dir={config.out_dir}")
                 return "interrupted", 128 + number
-        if self.evaluated < self.step:
-            self.evaluate(log)
+        if self.evaluated < self.step and not self.evaluate(log):
+            return "diverged", 3
         return "finished", 0
 
-    def evaluate(self, log: Log) -> None:
-        """Measure the validation loss, log it, and write a checkpoint."""
+    def evaluate(self, log: Log) -> bool:
+        """Measure the validation loss, log it, and write a checkpoint; return whether all of it is finite."""
+        extensions.at_step(self.flat, self.raw, self.step)  # as eval.py, which knows nothing but the checkpoint's step
         loss = evaluate(self.evaluated_model(), self.windows, self.config.batch_size)
+        if not math.isfinite(loss):
+            log.say(f"diverged at step {self.step}: validation loss {loss}")
+            return False
         bpb = bits_per_byte(loss, self.meta["val"])
         log.write(step=self.step, tokens=self.step * self.tokens_per_step, val_loss=loss, val_bpb=bpb)
         log.say(f"step {self.step}: val_loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
         self.evaluated, better, self.best = self.step, loss < self.best, min(self.best, loss)
-        self.checkpoint(best=better)
+        return self.checkpoint(log, best=better)
 
-    def checkpoint(self, best: bool = False) -> None:
-        """Write out_dir/ckpt.pt, and before it ckpt_best.pt if this is the best so far."""
+    def checkpoint(self, log: Log, best: bool = False) -> bool:
+        """Write out_dir/ckpt.pt, and before it ckpt_best.pt if this is the best so far, unless a weight is not finite.
+
+        Returns: whether the weights, on all processes the same, are finite. If not, what was good stays.
+        """
+        if not all(p.isfinite().all() for p in self.parameters):
+            log.say(f"diverged at step {self.step}: a weight is not finite")
+            return False
+
         def work():
-            state = {"config": self.flat, "vocab_size": self.raw.vocab_size, "model": self.raw.state_dict(),
-                     "optimizer": self.optimizer.state_dict(), "step": self.step, "evaluated": self.evaluated,
-                     "best": self.best, "data": self.meta["train"]["sha256"], "extra": self.extra_state()}
+            state = {"config": self.flat, "asked": self.asked, "vocab_size": self.raw.vocab_size, "step": self.step,
+                     "model": self.raw.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best,
+                     "evaluated": self.evaluated, "data": self.meta["train"]["sha256"], "extra": self.extra_state()}
             # Best first: a kill between the two costs an evaluation that a resumed run makes again.
             for name in ("ckpt_best.pt", "ckpt.pt") if best else ("ckpt.pt",):
                 save_checkpoint(Path(self.config.out_dir, name), state)
         self.processes.after_main(work)
+        return True
 
     def report(self, seconds: float) -> None:
         """Print the result of a finished run, and a sample of text."""
@@ -356,21 +375,26 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
     started = time.perf_counter()
     with one_line_errors(quiet=int(os.environ.get("LOCAL_RANK", 0)) > 0):  # each machine speaks once
         config, source = load_config(config_class, PRESETS | extensions.PRESETS, doc)
-        out = Path(config.out_dir)
+        out, asked = Path(config.out_dir), source["asked"] if config.resume else flatten(config)
         processes = Processes(config.device)
-        if not config.resume and (out / "ckpt.pt").exists():
-            raise ValueError(f"--out_dir={out} holds another run; add --resume to go on with it, "
-                             "or choose another --out_dir")
         resolve(config, processes)
         run = run_class(config, processes, source, started)
-        introduce(config, processes, run.raw, run.optimizer)
-        processes.after_main(lambda: out.mkdir(parents=True, exist_ok=True))
-        log = Log(config, run.step, processes.main)
-        if not config.resume:
-            log.write(config=flatten(config))
-        status, code = run.train(log)
-        log.bar.close()
-        log.write(status=status, step=run.step)
+        run.asked = asked
+        with contextlib.ExitStack() as stack:
+
+            def enter():
+                stack.enter_context(lock(out))
+                if not config.resume and (out / "ckpt.pt").exists():
+                    raise ValueError(f"--out_dir={out} holds another run; add --resume to go on with it, "
+                                     "or choose another --out_dir")
+            processes.after_main(enter)
+            introduce(config, processes, run.raw, run.optimizer)
+            log = Log(config, run.step, processes.main)
+            if not config.resume:
+                log.write(config=flatten(config))
+            status, code = run.train(log)
+            log.bar.close()
+            log.write(status=status, step=run.step)
         if status == "finished" and processes.main:
             run.report(time.perf_counter() - run.started)
     if dist.is_initialized():

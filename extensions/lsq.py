@@ -64,7 +64,8 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     if config.lsq_bits == 32:
         return linear
     if flat.get("wbits", 32) < 32:
-        raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights twice; drop one")
+        raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights twice; "
+                         "drop one")
 
     def with_step(name: str, in_features: int, out_features: int, bias: bool) -> QuantLinear:
         layer = linear(name, in_features, out_features, bias)

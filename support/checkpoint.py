@@ -1,13 +1,15 @@
 """Models on disk: our checkpoints, and Hugging Face's layout of GPT-2.
 
 A checkpoint is a plain torch.save of tensors and plain Python values: {"config": flat flags, "vocab_size", "model", and
-what a run needs to go on: "optimizer", "step", "evaluated", "best", "data", "extra"}. A source of weights, of either
-kind, is a dict with the first three of these; "config" then has at least the shape of the model.
+what a run needs to go on: "asked", the flags as they were before each `auto` was replaced, "optimizer", "step",
+"evaluated", "best", "data", "extra"}. A source of weights, of either kind, is a dict with the first three of these;
+"config" then has at least the shape of the model.
 """
 
 import json
 import os
 import pickle
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,25 +38,42 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise OSError(f"could not write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint on the CPU. Code in it is never executed (weights_only).
+# What a checkpoint holds, and of which type: for every use, and to go on with its run.
+ALWAYS = {"config": dict, "vocab_size": int, "model": dict, "step": int}
+TO_RESUME = {"asked": dict, "optimizer": dict, "evaluated": int, "best": float, "data": str, "extra": dict}
+IN_CONFIG = {"n_layer": int, "dataset": str, "data_dir": str, "eval_tokens": int, "dtype": str}
 
-    Raises: FileNotFoundError, or ValueError if the file is truncated or no checkpoint of nanoQPT.
+
+def load_checkpoint(path: Path, resume: bool = False) -> dict:
+    """Read a checkpoint on the CPU. Code in it is never executed (weights_only), every byte of it is checked (crc32).
+
+    Raises: FileNotFoundError, or ValueError if the file is damaged or no checkpoint of nanoQPT.
     """
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; python train.py --out_dir={path.parent} makes one")
+        raise FileNotFoundError(f"there is no checkpoint {path}; python train.py --out_dir=DIR makes DIR/ckpt.pt")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip, whose checksums torch.load does not read
+            if record := archive.testzip():
+                raise zipfile.BadZipFile(f"{record} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds something else than tensors and plain values; "
                          "it was not loaded, since it might run code") from None
     except Exception as error:  # garbage makes torch's reader raise anything: KeyError, struct.error, an empty EOFError
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise ValueError(f"{path} is truncated or not a checkpoint ({reason}); "
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); "
                          "if ckpt_best.pt lies beside it, copy that over it") from None
-    if not isinstance(checkpoint, dict) or not {"config", "vocab_size", "model"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of nanoQPT: it lacks config, vocab_size or model")
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    for place, needed in ((checkpoint, ALWAYS | (TO_RESUME if resume else {})), (config, IN_CONFIG)):
+        for name, kind in needed.items():
+            if not isinstance(place, dict) or not isinstance(place.get(name), kind):
+                raise ValueError(f"{path} is not a checkpoint of nanoQPT{' to resume' if resume else ''}: {name} is "
+                                 f"missing or no {kind.__name__}")
+    if config["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"{path} is not a checkpoint of nanoQPT: dtype is {config['dtype']!r}")
+    if not all(isinstance(t, Tensor) for t in checkpoint["model"].values()):
+        raise ValueError(f"{path} is not a checkpoint of nanoQPT: its model holds something else than tensors")
     return checkpoint
 
 
@@ -82,6 +101,8 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
         if mine.shape != theirs.shape:
             raise ValueError(f"{source}: {name} has shape {tuple(theirs.shape)}, the model {tuple(mine.shape)}; "
                              "n_embd, block_size or the vocabulary differ")
+        if not theirs.isfinite().all():
+            raise ValueError(f"{source}: {name} holds values that are not finite: its run has diverged")
         with torch.no_grad():
             mine.copy_(theirs)
     if not any(".reparam." in name for name in weights):

@@ -24,12 +24,15 @@ and exit code 2. Standard library only.
 import argparse
 import difflib
 import inspect
+import linecache
 import re
 import sys
+import traceback
 import types
 import typing
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 
 def _nested(cls: type) -> dict[str, type]:
@@ -83,8 +86,23 @@ def build(cls: type, values: dict) -> typing.Any:
         raise ValueError(f"unknown option {unknown[0]!r} for {cls.__name__}; was it written by another version?")
     subs = {name: build(sub, {k: v for k, v in values.items() if k in _owners(sub)})
             for name, sub in _nested(cls).items()}
-    own = {f.name for f in fields(cls)} - set(subs)
+    own, hints = {f.name for f in fields(cls)} - set(subs), typing.get_type_hints(cls)
+    for name in own & set(values):
+        if not _fits(hints[name], values[name]):
+            raise ValueError(f"{name}={values[name]!r} is no value of this option of {cls.__name__}")
     return cls(**{k: v for k, v in values.items() if k in own}, **subs)
+
+
+def _fits(hint: typing.Any, value: typing.Any) -> bool:
+    """Tell whether a value, perhaps from a damaged checkpoint, is of a field's type."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in options)
+    if kind is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in options)
+    if kind is tuple:
+        return type(value) is tuple and all(type(v) is options[0] for v in value)
+    return type(value) is hint or hint is float and type(value) is int
 
 
 def own(cls: type, flat: dict) -> typing.Any:
@@ -143,7 +161,8 @@ def _argument(hint: typing.Any) -> dict:
                 raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(options)}, auto)")
             return value
         optional.__name__ = read.__name__  # argparse's messages say "invalid int value"
-        return {"type": optional, "metavar": inner["metavar"][:-1] + "|auto}" if options else inner["metavar"]}
+        metavar = inner["metavar"][:-1] + "|auto}" if options else inner["metavar"]
+        return {**inner, "type": optional, "metavar": metavar}
     if typing.get_origin(hint) is typing.Literal:
         options = typing.get_args(hint)
         return {"type": type(options[0]), "choices": options, "metavar": "{" + "|".join(map(str, options)) + "}"}
@@ -216,17 +235,27 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
         parser.error(str(error))
 
 
+def _for_the_user(error: ValueError) -> bool:
+    """Tell whether one of our own files raised this on purpose: its last frame stands at a `raise`."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1]
+    file, line = frame[0].f_code.co_filename, frame[1]
+    return Path(file).is_relative_to(Path(__file__).parent.parent) and "raise" in linecache.getline(file, line)
+
+
 @contextmanager
 def one_line_errors(quiet: bool = False):
-    """Show what the user can cause (ValueError, a missing file, a full disk) as one line and exit with code 2.
+    """Show what the user can cause (a ValueError that we raise, a missing file, a full disk) as one line, exit code 2.
 
     Everything else keeps its traceback: it is our bug. `quiet` keeps all but one process of a group silent.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, ValueError) and not _for_the_user(error):
+            raise
         if not quiet:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            text = "not enough memory; use a smaller model or batch" if isinstance(error, MemoryError) else error
+            print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports a command that Ctrl-C ended

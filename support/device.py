@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# FLOP/s of dense bf16 GEMMs, from the data sheets; the first name that stands in the device's as words of its own.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def choose_device(device: str | None) -> str:
@@ -70,7 +75,7 @@ class Processes:
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Tell whether the device multiplies bfloat16 matrices in hardware (emulated, it is slower than fp32)."""
+    """Tell whether the device multiplies bfloat16 matrices in hardware (emulated, it is much slower than fp32)."""
     if "cuda" in device:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -96,9 +101,8 @@ def peak_flops(config: Any, device: str) -> float:
     """Return the device's FLOP/s in dense bf16 GEMMs from data sheets, or else as measured on one GEMM."""
     if config.dtype == "bfloat16" and "cuda" in device:
         name = torch.cuda.get_device_name(device)
-        for key, peak in (("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12), ("L40S", 362e12),
-                          ("4090", 165e12), ("3090", 71e12)):
-            if key in name:
+        for key, peak in PEAKS.items():
+            if re.search(rf"\b{key}\b", name) and not re.search("Laptop|Mobile|Max-Q", name):
                 return peak
     dtype = getattr(torch, config.dtype) if fast_bfloat16(device) else torch.float32  # emulated, it takes minutes
     size, best = 2048 if "cuda" in device else 1024, math.inf
@@ -114,7 +118,9 @@ def resolve(config: Any, processes: Processes) -> None:
     """Replace every `auto` by what the device asks for, in place, and print each choice."""
     chosen = []
     for name, value in (("device", processes.device.split(":")[0]),
-                        ("dtype", "bfloat16" if fast_bfloat16(processes.device) else "float32"),
+                        # On CPUs with bfloat16 units small models are faster in fp32 all the same.
+                        ("dtype", "bfloat16" if "cuda" in processes.device and fast_bfloat16(processes.device)
+                         else "float32"),
                         ("deterministic", "cuda" not in processes.device), ("lr_decay_iters", config.max_iters)):
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -134,7 +140,11 @@ def resolve(config: Any, processes: Processes) -> None:
     if config.gradient_accumulation_steps % processes.world:
         raise ValueError(f"--gradient_accumulation_steps={config.gradient_accumulation_steps} (micro-batches over all "
                          f"processes) must be a multiple of the {processes.world} processes")
-    tokens = config.batch_size * config.model.block_size
+    tokens, c = config.batch_size * config.model.block_size, config.model
+    need = 4 * max(12 * c.n_layer * c.n_embd**2 + c.block_size * c.n_embd, tokens * c.n_embd)  # bytes, at the least
+    if hasattr(os, "sysconf") and need > (have := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(f"weights or activations need more than {need / 2**30:,.0f} GiB, this machine has "
+                         f"{have / 2**30:,.0f}; use a smaller --n_layer, --n_embd, --block_size or --batch_size")
     if config.quant.ggran == "per_block" and config.quant.ggemm != "grad_input" and tokens % config.quant.wblock:
         raise ValueError(f"--wblock={config.quant.wblock} must divide the {tokens} tokens of a micro-batch "
                          "(grad_weight sums over them)")

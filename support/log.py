@@ -5,6 +5,7 @@ diverged; training lines have step, tokens, loss, lr, grad_norm, tokens_per_s, m
 val_loss, val_bpb. Whoever wants a run's numbers, bench, plots, another run's report, reads this file.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,11 +24,40 @@ from support.device import Processes
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read a log.jsonl; a last line that a crash has cut off is left out. Raises: FileNotFoundError."""
+    """Read a log.jsonl; what is no JSON object on a line of its own, as a crash may leave it, is left out.
+
+    Raises: FileNotFoundError.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; python train.py --out_dir={path.parent} makes one")
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = []
+    for text in path.read_text(errors="replace").split("\n")[:-1]:  # the last one has no end: cut off, or empty
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def lock(out: Path) -> contextlib.AbstractContextManager:
+    """Make out_dir and hold it for one run, until the with block or the process ends.
+
+    Raises: ValueError if another run holds it, or if it cannot be a folder. Where a file system has no locks, none.
+    """
+    stack = contextlib.ExitStack()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out_dir={out} is or lies in a file, not a folder; choose another") from None
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        handle = os.open(out, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is training in --out_dir={out}; choose another, or end that one") from None
+        except OSError:
+            pass
+    return stack
 
 
 def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> None:
@@ -63,7 +93,7 @@ class Log:
             return
         # What a killed run logged after its checkpoint will be logged again.
         kept = [line for line in read_log(self.path) if line.get("step", -1) <= start and "status" not in line] \
-            if config.resume else []
+            if config.resume and self.path.exists() else []
         fresh = self.path.with_name("log.jsonl.tmp")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(fresh, self.path)
@@ -79,7 +109,7 @@ class Log:
         """Append one JSON object, at once, and send it to Weights & Biases."""
         if not self.main:
             return
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(json.dumps(values, allow_nan=False) + "\n")  # nan is no JSON
         self.file.flush()
         if self.wandb and "step" in values:
             self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])

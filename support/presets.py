@@ -3,6 +3,7 @@
 A preset is a dict of differences from the defaults; --preset=a,b composes them from left to right.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,26 @@ import torch
 
 from model import GPTConfig
 from support.checkpoint import load_checkpoint, load_source
-from support.config import flatten, parse
+from support.config import build, flatten, parse
 
+# Every size names the same flags, so that the last one of --preset=tiny,gpt2 wins.
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=32,
+            learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95, max_iters=600000, eval_interval=1000,
+            eval_tokens=2**20, log_interval=10)
 SIZES = {
     # minutes on two cores of a laptop
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1,
                  learning_rate=3e-3, min_lr=3e-4, warmup_iters=100, beta2=0.99, max_iters=2000, eval_interval=500,
                  eval_tokens=2**16, log_interval=50),
-    "gpt2": {},  # 124M: the defaults above
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),  # 350M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5, batch_size=8,
-                       gradient_accumulation_steps=64),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5, batch_size=4,
-                    gradient_accumulation_steps=128),  # 1558M
+    "gpt2": GPT2,  # 124M
+    "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),  # 350M
+    "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5, batch_size=8,
+                              gradient_accumulation_steps=64),  # 774M
+    "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5, batch_size=4,
+                           gradient_accumulation_steps=128),  # 1558M
     # arXiv 2407.11722: 300,000 steps of 512 x 1024 tokens
-    "paper": dict(dataset="openwebtext", max_iters=300000, min_lr=0.0, warmup_iters=1000, beta2=0.999, dropout=0.1,
-                  seed=42, dtype="bfloat16"),
+    "paper": GPT2 | dict(dataset="openwebtext", max_iters=300000, min_lr=0.0, warmup_iters=1000, beta2=0.999,
+                         dropout=0.1, seed=42, dtype="bfloat16"),
 }
 PRESETS = SIZES | {
     "w8a8": dict(wbits=8, abits=8),  # weights per_channel, activations per_token: the paper's recipe
@@ -43,7 +48,7 @@ PRESETS = SIZES | {
     # 2110.02861: its code book, and its stable embedding layer
     "adam8-dynamic": dict(m1bits=8, m1fmt="dynamic", m2bits=8, m2fmt="dynamic", stable_embedding=True, membed32=True),
     # the paper's experiments by their ids in README
-    "E0": {},
+    "E0": dict(wbits=32, abits=32, gbits=32, m1bits=32, m2bits=32),
     "W1": dict(wbits=8, wgran="per_tensor"),
     "W2": dict(wbits=8),
     "W3": dict(wbits=4, wgran="per_tensor"),
@@ -85,10 +90,17 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
     source = {}
 
     def base(given: dict) -> dict:
-        """Return what stands in for the defaults: of a run to resume its config, else the shape of --init_from."""
+        """Return what stands in for the defaults: what a run to resume was asked, else the shape of --init_from."""
+        out = Path(given.get("out_dir", config_class.out_dir))
+        auto = "resume" in given and given["resume"] is None
+        if auto:  # start, or go on if there is something to go on with
+            given["resume"] = (out / "ckpt.pt").exists()
         if given.get("resume"):
-            source.update(load_checkpoint(Path(given.get("out_dir", config_class.out_dir))))
-            return {**source["config"], "device": None}
+            source.update(load_checkpoint(out, resume=True))
+            if auto and source["step"] >= given.get("max_iters", source["asked"].get("max_iters", 0)):
+                print(f"the run in {out} has finished its {source['step']} steps")
+                sys.exit(0)
+            return {**source["asked"], "device": None}
         with_size(given)
         if given.get("init_from", "scratch") != "scratch":
             source.update(load_source(Path(given["init_from"])))
@@ -97,16 +109,28 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
 
     config = parse(config_class, presets=presets, doc=doc, base=base)
     if config.resume:
-        for name, value in flatten(config).items():
-            began = source["config"].get(name, value)  # a flag that is younger than the checkpoint
-            if name not in FREE_ON_RESUME and value != began:
-                began = "auto" if began is None else began
-                raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
-                                 "and would make it another run; choose another --out_dir")
-        if source["step"] >= config.max_iters:
-            raise ValueError(f"the run in {config.out_dir} has finished its {source['step']} steps; "
-                             "a larger --max_iters goes on")
+        config = go_on(config, source)
     return config, source or None
+
+
+def go_on(config: Any, source: dict) -> Any:
+    """Return the config of a resumed run: what it was asked, and what it then chose by itself.
+
+    Raises: ValueError for a flag that would make it another run.
+    """
+    flat, asked = flatten(config), source["asked"]
+    for name, value in flat.items():
+        began = asked.get(name, value)  # a flag that is younger than the checkpoint
+        if name not in FREE_ON_RESUME and value != began:
+            began = "auto" if began is None else began
+            raise ValueError(f"--{name}={value} differs from the {began} this run began with, "
+                             "and would make it another run; choose another --out_dir")
+    if source["step"] >= config.max_iters:
+        raise ValueError(f"the run in {config.out_dir} has finished its {source['step']} steps; "
+                         "a larger --max_iters goes on")
+    source["asked"] = flat  # with the free flags of today
+    chosen = {name: value for name, value in source["config"].items() if name not in FREE_ON_RESUME}
+    return build(type(config), {**flat, **chosen})
 
 
 def take_shape(given: dict, theirs: dict) -> None:

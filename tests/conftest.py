@@ -80,7 +80,12 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return set(a) == set(b) and all(same(a[k], b[k]) for k in a if k not in ("out_dir", "resume"))
+        return set(a) == set(b) and all(same(a[k], b[k]) for k in a if k not in ("out_dir", "resume", "asked"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def pytest_addoption(parser):
+    """Let --fuzz=N choose how many random command lines are tried."""
+    parser.addoption("--fuzz", type=int, default=150)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL, column, read, same
+from conftest import column, read, same
 from torch import Tensor
 
 import eval as evaluation
@@ -18,7 +18,7 @@ import extensions
 import train
 from eval import shares_scales
 from model import GPT, GPTConfig, quant_linears
-from optim import param_groups
+from optim import OptimConfig, param_groups
 from quant import QuantConfig, Quantizer, Recipe
 from support.checkpoint import load_checkpoint, load_hf, model_from
 from support.config import own
@@ -148,10 +148,11 @@ def test_a_stranger_is_at_home(which, run, call, data, tmp_path):
     assert code == 0, err
     ours, whole = (load_checkpoint(tmp_path / name) for name in ("cut", "whole"))
     assert same({**ours, "config": 0}, {**whole, "config": 0})
-    losses = column(tmp_path / "whole", "loss")
     assert ("penalty" in read(tmp_path / "whole")[2]) == ("loss" in which)
-    if "loss" in which:  # a mean over micro-batches, near its value at the start, and not part of the loss
-        assert column(tmp_path / "whole", "penalty")[0] == pytest.approx(0.4, rel=1e-3) and losses[0] < math_log_vocab
+    if "loss" in which:  # a mean over micro-batches: 0.1 x four gains of 1; the loss, about ln 257 = 5.55, is without
+        assert column(tmp_path / "whole", "penalty")[0] == pytest.approx(0.4, rel=1e-3)
+        first = column(tmp_path / "whole", "val_loss")[0]
+        assert column(tmp_path / "whole", "loss")[0] == pytest.approx(first, abs=0.1)
     # evaluated as trained, and without quantizers
     code, out, err = call(evaluation.main, f"--ckpt={tmp_path / 'whole'}", "--sample_tokens=0")
     assert code == 0 and f"val_loss {column(tmp_path / 'whole', 'val_loss')[-1]:.4f} nats" in out, err
@@ -159,14 +160,11 @@ def test_a_stranger_is_at_home(which, run, call, data, tmp_path):
     assert code == 0 and (("slots" in which) == (off.splitlines()[1] != out.splitlines()[1]) or "reparam" in which)
     # exported: the same function but for the recipe, in GPT-2's own shape and names
     assert call(evaluation.main, f"--ckpt={tmp_path / 'whole'}", f"--export={tmp_path / 'hf'}")[0] == 0
-    linear = extensions.linears({**whole["config"], "stranger": which.replace("slots", "")})
+    linear = extensions.linears({**whole["config"], "stranger": which.replace("slots", ""), "skip_blocks": ()})
     model, loaded = model_from(whole, linear).eval(), load_hf(tmp_path / "hf")
     plain = model_from(loaded, quant_linears(QuantConfig(), loaded["config"]["n_layer"]))
     idx = torch.arange(24)[None]
     assert torch.allclose(plain(idx)[..., :257], model(idx)[..., :257], atol=1e-5)
-
-
-math_log_vocab = 6.0  # above ln 257 = 5.55, below that plus the penalty
 
 
 def test_a_program_of_its_own(run, tmp_path):
@@ -189,8 +187,7 @@ def test_reparams_have_a_group_of_their_own():
     gains = {id(p) for name, p in model.named_parameters() if ".reparam." in name}
     assert len(gains) == 4 and all((m.reparam.gain == 0).all() for m in model.modules() if hasattr(m, "reparam") and
                                    m.reparam)
-    config = train.build_optim() if hasattr(train, "build_optim") else train.OptimConfig(m1bits=8, m2bits=8)
-    group, = (g for g in param_groups(model, config) if g.get("lr_scale", 1.0) != 1.0)
+    group, = (g for g in param_groups(model, OptimConfig(m1bits=8, m2bits=8)) if g.get("lr_scale", 1.0) != 1.0)
     assert {id(p) for p in group["params"]} == gains
     assert group["weight_decay"] == 0 and group["m1"] == group["m2"] == (32,) and group["lr_scale"] == 10.0
 
@@ -203,9 +200,8 @@ def test_shared_scales_of_strangers():
     assert shares_scales(model(OneBit())) and shares_scales(model(torch.sign)) and shares_scales(model(Quantizer(8)))
 
 
-def test_flags_of_an_inherited_config(call, capsys):
+def test_flags_of_an_inherited_config(call):
     """A config that inherits shows every flag once, under the file that declares it, with its comment."""
     code, out, _ = call(lambda: train.main(Config), "--help")
     assert code == 0 and out.count("--max_iters ") == out.count("--weight ") == 1
     assert "of its term of the loss [0.1]" in " ".join(out.split()) and "optimizer steps" in out
-    assert SMALL
