@@ -12,7 +12,10 @@ uncompiled model, so that what train.py logged and what this file prints are one
 Bits per byte is the loss divided by ln 2 and by the bytes a token stands for: with it, tokenizers compare.
 """
 
+import support.early  # noqa: F401  isort: skip (first: refuse a bad command line before torch is imported)
+
 import math
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -25,9 +28,10 @@ import extensions
 from model import GPT
 from prepare_data import DataConfig, get_tokenizer, open_dataset
 from quant import QuantLinear
-from support.checkpoint import export_hf, load_checkpoint, model_from
+from support.checkpoint import load_checkpoint, model_from
 from support.config import one_line_errors, parse, refuse_idle
 from support.device import choose_device
+from support.huggingface import export_hf
 
 
 @dataclass
@@ -43,16 +47,19 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # of the activations; auto: as trained
     prompt: str = ""  # the sample continues this text; empty: a document begins
     sample_tokens: int = 300  # length of the sample
+    temperature: float = 0.8  # of the sample; 0: always the likeliest token
+    top_k: int = 50  # the sample draws from so many of the likeliest tokens; 0: from all
     seed: int = 0  # of the sample
     export: str = ""  # write the weights to this folder in Hugging Face's GPT-2 layout, and do nothing else
 
     def __post_init__(self):
-        for name in ("eval_tokens", "sample_tokens", "seed"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"--{name}={getattr(self, name)} must not be negative")
+        for name in ("eval_tokens", "sample_tokens", "seed", "temperature", "top_k"):
+            if not 0 <= (getattr(self, name) or 0) < 2**53:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 0, and finite")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
-        refuse_idle(self, prompt=(self.sample_tokens > 0, "without --sample_tokens above 0"))
+        refuse_idle(self, **{name: (self.sample_tokens > 0, "without --sample_tokens above 0")
+                             for name in ("prompt", "temperature", "top_k")})
         refuse_idle(self, **{f.name: (not self.export, "with --export") for f in fields(self)
                              if f.name not in ("ckpt", "export")})
 
@@ -123,15 +130,23 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 # -----------------------------------------------------------------------------
 # samples
 
-def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0) -> str:
+def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0,
+           temperature: float = 0.8, top_k: int = 50) -> str:
     """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
     tokenizer = get_tokenizer(tokenizer_name)
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
     was_training = model.training
     model.eval()
-    out = model.generate(torch.tensor([ids], device=model.wte.weight.device), new_tokens, seed=seed)[0].tolist()
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    out = model.generate(idx, new_tokens, temperature, top_k, seed)[0].tolist()
     model.train(was_training)
     return tokenizer.decode(out[1:])
+
+
+def show(text: str) -> None:
+    """Print a sample; what the terminal has no character for, becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def main() -> None:
@@ -141,8 +156,9 @@ def main() -> None:
         checkpoint = load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]
         if config.export:
-            export_hf(model_from(checkpoint, extensions.linears(flat)), Path(config.export))
-            return print(f"wrote {config.export}/model.safetensors and config.json")
+            files = export_hf(model_from(checkpoint, extensions.linears(flat)), Path(config.export), flat)
+            tokenizer = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
+            return print(f"wrote {config.export}: {', '.join(files)}{tokenizer}")
         device = choose_device(config.device)
         _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
@@ -161,7 +177,8 @@ def main() -> None:
               f"({windows.size - len(windows):,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
         if config.sample_tokens:
             print("-" * 80)
-            print(sample(model, meta["tokenizer"], config.prompt, config.sample_tokens, config.seed))
+            show(sample(model, meta["tokenizer"], config.prompt, config.sample_tokens, config.seed, config.temperature,
+                        config.top_k))
 
 
 if __name__ == "__main__":

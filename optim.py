@@ -1,39 +1,40 @@
 """AdamW whose two moments are really stored in 8 or 4 bits.
 
-Adam keeps two running means per parameter: m1 of the gradient and m2 of its square (m and v below). In fp32 they are 8
-bytes, twice the weights. Here they are codes of one byte, or half a byte, and one fp32 scale per block, row or tensor:
+Adam keeps two running means per parameter: m1 of the gradient and m2 of its square (m and v below). In fp32 they are
+8 bytes, twice the weights. Here they are codes of a byte, or half a byte, and a scale per block, row or tensor:
 
     (1) read    m, v = decode(codes) * scale                    what the last step has left
     (2) update  m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
-    (3) step    p = (1 - lr wd) p - lr' m / (sqrt(v) + eps')    with the FRESH moments, rounded only when stored
+    (3) step    p = (1 - lr wd) p - lr' m / (sqrt(v) + eps')    with the FRESH moments
     (4) store   scale = max|x| / top         codes = encode(x / scale)
 
-That order is the paper's (2407.11722). lr' = lr sqrt(1 - b2^t) / (1 - b1^t) and eps' = eps sqrt(1 - b2^t) hold the bias
-correction (Kingma and Ba 2015, end of section 2). A format is a code book, the levels that codes stand for (x scale):
+That order is the paper's (2407.11722). lr' = lr sqrt(1 - b2^t) / (1 - b1^t) and eps' = eps sqrt(1 - b2^t) hold the
+bias correction (Kingma and Ba 2015, end of section 2). A format is a code book, the levels of codes (x scale):
 
-    linear    k         the paper's. Fine for m. FAILS for v: a small v becomes 0 while its m does not, and m / sqrt(v)
-                        explodes (updates of thousands of lr). Kept because that is a result.
-    dynamic   a table   2110.02861 and bitsandbytes: 7 decades, each with twice the levels of the one below.
-    power     k |k|     fine near zero, where most values are. v has no code for zero: it cannot vanish before its m
-                        does. 4-bit v: k, since large updates come from a v that is rounded down. The default.
+    linear   k        the paper's. Fine for m. FAILS for v: a small v becomes 0 while its m does not,
+                      and m / sqrt(v) explodes (thousands of lr). Kept because that is a result.
+    dynamic  a table  2110.02861 and bitsandbytes: 7 decades, each with twice the levels of the last.
+    power    k |k|    fine near 0, where most values are. v has no code for 0: it cannot vanish
+                      before its m does. 4-bit v: k, since a v rounded down makes large updates.
 
 Decay moves v by 1 - b2 of itself a step, often less than half a code. Rounded to nearest such a v stays where it is,
 too large (results/optimizer.md). So power's v is rounded up or down at random, right on average.
 
-Shapes: a tensor is n rows of B elements: its own rows (per_channel), else blocks of the flattened tensor. Codes are
-uint8 (n, B), or (n, B/2) for 4 bits, two to a byte; scales are fp32 (n, 2), a column for m and one for v.
+A tensor is stored as n rows of B elements: its own (per_channel), or blocks of it flattened. Its state: step; exp_avg
+and exp_avg_sq, the codes of m and v, uint8 (n, B), or (n, B/2) for 4 bits, two to a byte; scales, fp32 (n, 2), for
+per_tensor (1, 2), a column for m, one for v. A 32-bit moment is fp32 (n, B); with two of them, all is torch's own.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from math import inf, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
@@ -68,40 +69,33 @@ class OptimConfig:
     membed32: bool = False  # embeddings keep fp32 moments, as in both papers
 
     def __post_init__(self):
-        if not 0 <= self.weight_decay < inf:
-            raise ValueError(f"--weight_decay={self.weight_decay} must be at least 0, and finite")
-        for beta in ("beta1", "beta2"):
-            if not 0 <= getattr(self, beta) < 1:
-                raise ValueError(f"--{beta}={getattr(self, beta)} must lie in [0, 1)")
-        fmts, grans = set(), set()  # of the moments that are stored in few bits
+        for name, end in (("weight_decay", inf), ("beta1", 1), ("beta2", 1)):
+            if not 0 <= getattr(self, name) < end:
+                raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, {end})")
+        stored = [i for i in ("m1", "m2") if getattr(self, f"{i}bits") != 32]
         for i in ("m1", "m2"):
-            bits, fmt, gran = (getattr(self, i + field) for field in ("bits", "fmt", "gran"))
-            if bits not in (4, 8, 32):
-                raise ValueError(f"--{i}bits={bits}: every format has 8 and 4; use 8, 4 or 32")
-            low = (bits < 32, f"without --{i}bits=8 or 4")
+            if getattr(self, f"{i}bits") not in (4, 8, 32):
+                raise ValueError(f"--{i}bits={getattr(self, f'{i}bits')}: use 8, 4 or 32")
+            low = (i in stored, f"without --{i}bits=8 or 4")
             refuse_idle(self, **{i + field: low for field in ("fmt", "gran", "round")})
-            if fmt == "dynamic" and getattr(self, i + "round") == "stochastic":
-                raise ValueError(f"--{i}round=stochastic: dynamic has only nearest; use power or linear")
-            if bits < 32:
-                fmts.add(fmt)
-                grans.add(gran)
+            if getattr(self, f"{i}fmt") == "dynamic" and getattr(self, f"{i}round") == "stochastic":
+                raise ValueError(f"--{i}round=stochastic: use power or linear, not dynamic")
+        fmts, grans = ({getattr(self, i + field) for i in stored} for field in ("fmt", "gran"))
         if len(grans) > 1:
-            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: the moments share rows; "
-                             "give both the same")
+            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: give both the same")
         if self.mblock < 2 or self.mblock % 2:
             raise ValueError(f"--mblock={self.mblock} must be even and at least 2")
-        refuse_idle(self, mblock=("per_block" in grans, "without a per_block moment in 8 or 4 bits"),
+        refuse_idle(self, membed32=(bool(fmts), "without a moment in 8 or 4 bits, as --m1bits=8"),
                     mfloor=("linear" in fmts, "without a linear format, as --m1fmt=linear"),
-                    membed32=(bool(fmts), "without a moment in 8 or 4 bits, as --m1bits=8"))
+                    mblock=("per_block" in grans, "without a per_block moment in 8 or 4 bits"))
 
     def formats(self) -> dict:
-        """Return what a param_group records: {"m1": Moment's fields, "m2": same, "block": elements}."""
+        """Return what a param_group records: m1 and m2, fields of a Moment, and block, elements."""
+        def moment(bits, fmt, gran, rounding):
+            return (bits, fmt, gran, rounding, self.mfloor and fmt == "linear") if bits < 32 else (32,)
         m2round = self.m2round or ("stochastic" if self.m2fmt == "power" else "nearest")
-        floor1, floor2 = (self.mfloor and fmt == "linear" for fmt in (self.m1fmt, self.m2fmt))
-        m1 = self.m1bits, self.m1fmt, self.m1gran, self.m1round, floor1
-        m2 = self.m2bits, self.m2fmt, self.m2gran, m2round, floor2
-        m1, m2 = (m if m[0] < 32 else (32,) for m in (m1, m2))
-        return {"m1": m1, "m2": m2, "block": self.mblock}
+        return {"m1": moment(self.m1bits, self.m1fmt, self.m1gran, self.m1round),
+                "m2": moment(self.m2bits, self.m2fmt, self.m2gran, m2round), "block": self.mblock}
 
 
 class Moment(NamedTuple):
@@ -117,31 +111,25 @@ class Moment(NamedTuple):
 # -----------------------------------------------------------------------------
 # code books: which level a code stands for. Codes are ranks: a larger code is a larger level.
 
-def first_last(moment: Moment) -> tuple[int, int]:
-    """Return the k of the smallest and of the largest code: code = k - first. (For linear and power.)"""
-    half = 2 ** (moment.bits - 1)
-    if moment.fmt == "power" and moment.second:
-        return 1, 2 * half
+def ranks(moment: Moment) -> tuple[int, int, bool]:
+    """Return (first k, last k, is the level k |k| or else k): code = k - first. Not for dynamic."""
+    half, power = 2 ** (moment.bits - 1), moment.fmt == "power"
+    if moment.second and power:
+        return 1, 2 * half, moment.bits == 8
     # The paper's quantizer is symmetric: linear v wastes half of its codes.
-    return (0 if moment.second else 1 - half), half - 1
-
-
-def is_square(moment: Moment) -> bool:
-    """Return whether the level of k is k |k|, or else k."""
-    return moment.fmt == "power" and not (moment.second and moment.bits == 4)
+    return (0 if moment.second else 1 - half), half - 1, power
 
 
 def dynamic_levels(moment: Moment) -> list[float]:
-    """Return the levels of the dynamic book, sorted: 0, 1, and the middles of equal bins in every decade.
+    """Return dynamic's levels: 0, 1, and the middles of equal bins of (0.1, 1], (0.01, 0.1], ...
 
-    A decade has twice the bins of the one below, and v, which needs no sign, twice those of m. m has no -1.
+    A decade has twice the bins of the one below; v, without signs, twice those of m. m has no -1.
     Example: 8-bit m is -0.993 ... -7.75e-6 -3.25e-6 -5.5e-7 0 5.5e-7 3.25e-6 7.75e-6 ... 0.993 1.
     Source: 2110.02861, section 1.3, and bitsandbytes' create_dynamic_map.
     """
     levels = [0.0, 1.0]
     for decade in range(moment.bits - 1):
         bins, upper = 2 ** (decade + moment.second), 10.0 ** (decade - moment.bits + 2)
-        # the middles of equal parts of (upper / 10, upper]
         middles = [upper * (0.1 + 0.9 * (j + 0.5) / bins) for j in range(bins)]
         levels += middles if moment.second else middles + [-x for x in middles]
     return sorted(levels)
@@ -151,64 +139,56 @@ def decode(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
     """Return the fp32 moment of uint8 codes (n, B); scale (n, 1) or (1, 1)."""
     if moment.fmt == "dynamic":
         return torch.tensor(dynamic_levels(moment), device=codes.device)[codes.int()] * scale
-    k = codes.float() + first_last(moment)[0]
-    return (k * k.abs() if is_square(moment) else k) * scale
+    first, _, square = ranks(moment)
+    k = codes.float() + first
+    return (k * k.abs() if square else k) * scale
 
 
 def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None) -> Tensor:
     """Return the uint8 codes of the fp32 moment x (n, B), the inverse of `decode`.
 
-    Args:
-        x, scale: |x| / scale at most the largest level, as `new_scale` makes it.
-        noise: uniform in (0, 1), (n, 1) or x's shape: x goes to one of the two codes around it so that
-            decode(encode(x)) is x on average. A change of v smaller than half a code is then not lost for ever. (Below
-            the smallest code of power's v there is none: such an x always becomes that code.) None is 1/2: to the
-            nearest, ties away from zero. dynamic ignores it, and ties go up, as in its authors' code.
-
+    noise, uniform in (0, 1), (n, 1) or (n, B): x is rounded up or down, to x on average (power's v
+    only up to its smallest code). None is 1/2: to nearest, ties away from zero; in dynamic ties go up.
     Example: power m in 8 bits, x / scale = 6.4 lies between 4 and 9 -> k = 2, code 129.
     """
     inv_scale = 1 / scale
     if moment.fmt == "dynamic":
-        levels = dynamic_levels(moment)
-        middles = [(a + b) / 2 for a, b in zip(levels[:-1], levels[1:], strict=True)]
+        middles = [(a + b) / 2 for a, b in pairwise(dynamic_levels(moment))]
         middles = torch.tensor(middles, device=x.device)
         return torch.bucketize(x * inv_scale, middles, right=True).to(torch.uint8)
     # k becomes k + 1 from k + 1 - noise on. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on, and that is
     # (k + 1 - noise)^2 + noise (1 - noise): the same once the root is taken.
+    first, last, square = ranks(moment)
     noise, product = (0.5, 0.25) if noise is None else (noise, noise * (1 - noise))
     size = x.abs() * inv_scale
-    k = (root(torch.relu(size - product)) if is_square(moment) else size) + noise
+    k = (root(torch.relu(size - product)) if square else size) + noise
     k = torch.where(x < 0, -1.0, 1.0) * k.floor()
     # The clamp is for v below its smallest code, and for a largest level come out an ulp too large. (By way of int32:
     # straight from the float to uint8, compiled code would clamp once more.)
-    first, last = first_last(moment)
     return (k - first).to(torch.int32).clamp(0, last - first).to(torch.uint8)
 
 
 def new_scale(x: Tensor, moment: Moment) -> Tensor:
-    """Return the scale (n, 1), for per_tensor (1, 1), that maps max|x| of the rows of x to the largest level."""
-    last = float(first_last(moment)[1])
-    top = 1.0 if moment.fmt == "dynamic" else last * last if is_square(moment) else last
+    """Return the scale (n, 1), for per_tensor (1, 1), that maps max|x| to the largest level."""
+    _, last, square = ranks(moment)
+    top = 1 if moment.fmt == "dynamic" else last**2 if square else last
     amax = x.abs().amax((0, 1) if moment.gran == "per_tensor" else 1, keepdim=True)
-    if moment.floor:
-        amax = amax.clamp(min=1e-8)
+    amax = amax.clamp(min=1e-8) if moment.floor else amax
     return amax * (1 / top) + SCALE_FLOOR  # never zero; adding it changes no scale that matters
 
 
 def root(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root (fp32), the same in eager and in compiled code."""
-    # Eager torch takes MKL's, which is one ulp off in 0.6 % of the cases.
+    """Return the correctly rounded square root; eager torch's, MKL's, is an ulp off at times."""
     return x.sqrt() if torch.compiler.is_compiling() else x.double().sqrt().float()
 
 
 def hash_noise(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return two numbers in (0, 1) per row, (n, 1), one for each moment; key: int32 (seed, number of the first row).
+    """Return two numbers in (0, 1) per row, (n, 1) each. key: int32 (seed, number of first row).
 
-    The elements of a row share theirs: each is still right on average, and the hash costs next to nothing.
-    A hash instead of a generator is the same on every rank, after a resume, in every piece of a tensor and in compiled
-    code. It is murmur3's finalizer.
+    A row's elements share theirs: each is right on average. The hash is murmur3's finalizer, cheap
+    and the same on every rank, after a resume, in every piece of a tensor and in compiled code.
     """
-    # int32 arithmetic wraps around. Either half of the hash gives 15 bits: k + noise is then exact for k below 256.
+    # int32 arithmetic wraps around. Half a hash gives 15 bits: k + noise is then exact for k below 256.
     row = torch.arange(n, dtype=torch.int32, device=key.device)[:, None] + key[1]
     h = row * -1640531535 + key[0]
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
@@ -224,16 +204,9 @@ def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: T
                  hyper: Tensor, key: Tensor | None, m1: Moment, m2: Moment) -> None:
     """Update parameter, codes and scales in place.
 
-    Args:
-        p, g: parameter and gradient (n, B), any float dtype.
-        codes1, codes2: of m and v, uint8 (n, B), or (n, B/2) for 4 bits; for 32 bits the fp32 moment (n, B) itself.
-        scales: fp32 (n, 2), or (1, 2) for per_tensor: a column for m, one for v.
-        hyper: fp32 (7,): 1 - lr wd, lr', beta1, 1 - beta1, beta2, 1 - beta2, eps' (see the top). A tensor: a new
-            learning rate is new data and not new code.
-        key: see hash_noise; None if both moments are rounded to nearest.
-
-    A gradient element that is inf, nan or beyond 2^63 (its square would overflow) counts as zero: it cannot poison its
-    block. Whether such a step should be taken at all is for the training loop to say.
+    p and g (n, B) have any float dtype. hyper (7,) is a tensor: a new learning rate is no new code.
+    key: see hash_noise. An element of g that is inf, nan or beyond 2^63 (its square would overflow)
+    counts as zero: it cannot poison its block. Whether to step at all is for the training loop.
     """
     decay, lr, beta1, rest1, beta2, rest2, eps = hyper.unbind()
     g = torch.where(g.float().abs() < 2.0**63, g.float(), 0.0)  # fp32 from here
@@ -252,7 +225,7 @@ def adamw_update(p: Tensor, g: Tensor, codes1: Tensor, codes2: Tensor, scales: T
 
 
 def unpack(codes: Tensor, scale: Tensor, moment: Moment) -> Tensor:
-    """Return the stored moment in fp32 (n, B). 4 bits: the low half of the bytes are the first half of a row."""
+    """Return the stored moment, fp32 (n, B). Low halves of bytes are the first half of a row."""
     if moment.bits == 32:
         return codes
     if moment.bits == 4:
@@ -288,18 +261,16 @@ def compiled_update(m1: Moment, m2: Moment):
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Return AdamW's groups: matrices; embeddings; vectors, which do not decay and keep fp32 moments; reparams.
+    """Return AdamW's groups: matrices; embeddings; vectors, no decay and fp32 moments; reparams.
 
-    A tied lm_head is the embedding's own tensor and counts as one. Frozen parameters are left out. Those of a
-    `layer.reparam`, a module that maps the weight to the one used, are few and sensitive: no decay, fp32 moments, and
-    their own learning rate: the training loop multiplies its schedule by group["lr_scale"], taken from the module.
+    Frozen ones are left out. A layer's `reparam`, a module that maps the weight to the one used,
+    has few, sensitive parameters: no decay, fp32 moments, lr_scale, a factor of the learning rate.
     """
     fp32 = {"m1": (32,), "m2": (32,)}
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    lr_scale = {}  # of the parameters of reparams
-    for reparam in (getattr(m, "reparam", None) for m in model.modules()):
-        if isinstance(reparam, nn.Module):
-            lr_scale |= dict.fromkeys(reparam.parameters(), float(getattr(reparam, "lr_scale", 1.0)))
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # and tied heads
+    reparams = [getattr(m, "reparam", None) for m in model.modules()]
+    lr_scale = {p: float(getattr(r, "lr_scale", 1.0))
+                for r in reparams if isinstance(r, nn.Module) for p in r.parameters()}
     params = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in params if p not in lr_scale]
     groups = [{"params": [p for p in rest if p.dim() >= 2 and p not in tables]},
@@ -311,18 +282,39 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
+    """Return (m1, m2, n, B): p is stored as n rows of B elements, the last one filled up."""
+    if p.is_complex():
+        raise ValueError(f"a {tuple(p.shape)} parameter is complex; use its torch.view_as_real")
+    m1, m2 = (Moment() if p.numel() < MIN_SIZE else Moment(*group[m]) for m in ("m1", "m2"))
+    n, width = -(-p.numel() // group["block"]), group["block"]
+    if "per_channel" in (m1.gran, m2.gran):
+        n = p.shape[0] if p.dim() >= 2 else 1
+        width = p.numel() // n
+    if width % 2 and 4 in (m1.bits, m2.bits):
+        raise ValueError(f"a {tuple(p.shape)} parameter has rows of {width}, and 4-bit codes "
+                         "are packed in pairs; use per_block")
+    return m1, m2._replace(second=True), n, width
+
+
+def new_state(p: Tensor, group: dict) -> dict:
+    """Return the state of p before the first step: scales of zero, so the codes mean zero too."""
+    m1, m2, n, width = layout(p, group)
+    zero = partial(torch.zeros, device=p.device)
+    if m1.bits == m2.bits == 32 and p.dtype == torch.float32:  # torch's own state
+        return {"step": zero(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    m, v = (zero(n, width) if bits == 32 else zero(n, width * bits // 8, dtype=torch.uint8)
+            for bits in (m1.bits, m2.bits))
+    scales = zero(1 if "per_tensor" in (m1.gran, m2.gran) else n, 2)
+    return {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, "scales": scales}
+
+
 class AdamW(torch.optim.Optimizer):
-    """AdamW with the moments stored as `config` says; lr, betas, eps, weight_decay as in torch.optim.AdamW.
+    """torch.optim.AdamW, but with the moments stored as `config` says.
 
-    A group may override any of lr, betas, eps, weight_decay, m1, m2, block (see OptimConfig.formats); other keys of it
-    are kept. state[p] has plain tensors: step; exp_avg and exp_avg_sq, the codes or the fp32 moment; scales (n, 2).
-    Tensors with two fp32 moments are stepped by torch's own fused AdamW, which keeps a nan.
-
-    Args:
-        lr: learning rate; stays a float, set group["lr"] at every step as you like.
-        seed: of stochastic rounding; give every rank the same.
-        compile: False runs the same arithmetic eagerly (much slower on a CPU).
-    Raises: ValueError for complex parameters, and for 4 bits with rows of odd length.
+    A group may override lr, betas, eps, weight_decay, m1, m2, block; its other keys are kept. lr is
+    a float: set group["lr"] at every step. With torch's own state the step is torch's too, fused,
+    and keeps a nan. seed: of stochastic rounding, one for all ranks. compile=False: eager and slow.
     """
 
     def __init__(self, params: Iterable, lr: float, config: OptimConfig | None = None, *,
@@ -333,172 +325,115 @@ class AdamW(torch.optim.Optimizer):
                                       weight_decay=config.weight_decay, **config.formats()))
 
     def add_param_group(self, group: dict) -> None:
-        """Add a group, as torch does; what cannot be stored is refused here and not at the first step."""
+        """Add a group, as torch does. Raises: ValueError for what cannot be stored."""
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
-            _layout(p, self.param_groups[-1])
+            layout(p, self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step with the gradients in p.grad; parameters without one are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         index = -1  # counts all: the noise of one does not depend on the gradients of others
         for group in self.param_groups:
-            plain = []  # for torch's own AdamW, all at once
+            plain = []  # for torch's own AdamW, all at once: 32 bits is not an imitation
             for p in group["params"]:
                 index += 1
-                state = self.state[p] = self.state[p] or _new_state(p, group)
+                state = self.state[p] = self.state[p] or new_state(p, group)
                 if p.grad is None or p.numel() == 0:
                     continue
                 if p.grad.is_sparse:
-                    raise ValueError(f"the gradient of a {tuple(p.shape)} parameter is sparse: "
-                                     "use nn.Embedding(sparse=False)")
-                if _is_plain(p, group):
-                    moments = state["exp_avg"], state["exp_avg_sq"]
-                    plain.append((p, p.grad, *moments, state["step"]))
-                else:
+                    raise ValueError("a gradient is sparse: use nn.Embedding(sparse=False)")
+                if "scales" in state:
                     self._update(p, group, state, index)
-            if plain:  # 32 bits is not an imitation
+                else:
+                    plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+            if plain:
                 params, grads, m, v, steps = map(list, zip(*plain, strict=True))
-                torch_adamw(params, grads, m, v, [], steps, fused=True, amsgrad=False, maximize=False,
+                torch_adamw(params, grads, m, v, [], steps, fused=True, amsgrad=False,
                             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                            weight_decay=group["weight_decay"], eps=group["eps"])
+                            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return loss
 
     def _update(self, p: Tensor, group: dict, state: dict, index: int) -> None:
         """Lay p out as rows and hand them to adamw_update, a piece at a time."""
-        m1, m2, n, width = _layout(p, group)
+        m1, m2, n, width = layout(p, group)
         update = compiled_update(m1, m2) if self.compile else partial(adamw_update, m1=m1, m2=m2)
         # The constants of this step, and a seed that no other tensor or step has.
         state["step"] += 1
         t, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
         debias = sqrt(1 - beta2**t)
-        hyper = torch.tensor([1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t),
-                              beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
-        seeds = np.random.SeedSequence((self.seed, t)).generate_state(index + 1).view(np.int32)
-        # Flat views where that can be; copies if p is not contiguous or its last row is to be filled with zeros.
-        flat, grad = (z.reshape(-1) for z in (p, p.grad))
-        if p.numel() < n * width:
-            flat, grad = (F.pad(z, (0, n * width - p.numel())) for z in (flat, grad))
-        tensors = [flat.view(n, width), grad.view(n, width),
-                   *(state[name] for name in ("exp_avg", "exp_avg_sq", "scales"))]
+        hyper = torch.tensor([1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t), beta1,
+                              1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        seed = np.random.SeedSequence((self.seed, t)).generate_state(index + 1).view(np.int32)[-1]
+        # Rows: views where that can be; copies if p is not contiguous or its last row is to be filled up.
+        flat, grad, more = p.flatten(), p.grad.flatten(), n * width - p.numel()
+        if more:
+            flat, grad = (nn.functional.pad(z, (0, more)) for z in (flat, grad))
+        tensors = flat.view(n, width), grad.view(n, width), state["exp_avg"], state["exp_avg_sq"], state["scales"]
         # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them at once.
         rows = max(1, PIECE // width) if len(state["scales"]) == n else n
+        noisy = "stochastic" in (m1.rounding, m2.rounding)
         for first in range(0, n, rows):
             # .data forgets what a view is a view of: dynamo guards on that, and would compile again.
             piece = [z[first:first + rows].data for z in tensors]
             if self.compile:
                 for z in piece:  # one graph for any n; B is a constant while it can be
                     torch._dynamo.maybe_mark_dynamic(z, 0)
-            key = None
-            if "stochastic" in (m1.rounding, m2.rounding):
-                key = torch.tensor([seeds[index], first], dtype=torch.int32, device=p.device)
+            key = torch.tensor([seed, first], dtype=torch.int32, device=p.device) if noisy else None
             update(*piece, hyper, key)
         if flat.data_ptr() != p.data_ptr():  # it was a copy
             p.copy_(flat[:p.numel()].view(p.shape))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load codes and scales bit for bit.
-
-        Raises: ValueError for a state of another format or shape, naming both. (torch would cast every tensor to the
-        dtype of its parameter, codes to floats, and notice nothing.)
-        """
+        """Load codes and scales bit for bit. Raises: ValueError for another format or shape."""
         try:
-            groups, fresh = self._checked(state_dict)
+            groups, states = self._checked(state_dict)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the state_dict of an optimizer: {error!r}") from error
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state.update(fresh)
+        self.state.update(states)
 
     def _checked(self, state_dict: dict) -> tuple[list[dict], dict]:
-        """Return (param_groups, {p: state}) of a state_dict that fits this optimizer."""
-        saved_groups, states = state_dict["param_groups"], dict(state_dict["state"])
-        if any(g.get("amsgrad") or g.get("maximize") for g in saved_groups):
-            raise ValueError("the state has amsgrad or maximize, which are not here; start afresh")
-        # The formats and the number of tensors of each group. (A state of torch's AdamW has fp32 moments.)
-        theirs, ours = ([(tuple(g.get("m1", (32,))), tuple(g.get("m2", (32,))), len(g["params"]))
-                         for g in groups] for groups in (saved_groups, self.param_groups))
+        """Return (param_groups, {p: state}) of a state_dict; torch would cast codes to floats."""
+        saved_groups, saved_states = state_dict["param_groups"], dict(state_dict["state"])
+        # The formats and the number of tensors of each group. (torch's AdamW has fp32 moments.)
+        theirs, ours = ([(g.get("m1", (32,)), g.get("m2", (32,)), len(g["params"])) for g in groups]
+                        for groups in (saved_groups, self.param_groups))
         if theirs != ours:
-            raise ValueError(f"the state was written with (m1, m2, tensors) = {theirs}, this optimizer has "
-                             f"{ours}; use the flags it was written with, or start afresh")
-        groups, fresh = [], {}
+            raise ValueError(f"the state has m1, m2, tensors {theirs}; this optimizer has {ours}: "
+                             "use the flags it was written with, or start afresh")
+        groups, states = [], {}
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            if saved.get("amsgrad") or saved.get("maximize"):
+                raise ValueError("a state with amsgrad or maximize does not fit; start afresh")
             needed = {key: saved[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
             groups.append({**group, **saved, **needed})  # others, as lr_scale, may be missing
             for p, key in zip(group["params"], saved["params"], strict=True):
-                if not states:  # written before the first step
+                if not saved_states:  # written before the first step
                     continue
-                stored, fresh[p] = states.get(key, {}), _new_state(p, group)
-                for name in sorted(fresh[p].keys() | stored.keys()):
-                    theirs, ours = (_kind(s.get(name)) for s in (stored, fresh[p]))
-                    if theirs != ours:
-                        raise ValueError(f"{name} of a {tuple(p.shape)} parameter: the state has {theirs}, "
-                                         f"this optimizer needs {ours}")
-                    fresh[p][name].copy_(stored[name])
-        return groups, fresh
+                stored, states[p] = saved_states.get(key, {}), new_state(p, group)
+                theirs, ours = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in state.items()}
+                                for state in (stored, states[p]))
+                if theirs != ours:
+                    raise ValueError(f"a {tuple(p.shape)} parameter: the state has {theirs}, this "
+                                     f"optimizer needs {ours}")
+                for name, t in states[p].items():
+                    t.copy_(stored[name])
+        return groups, states
 
     def describe(self) -> tuple[float, str]:
         """Return (bytes per parameter, one line): what is stored how, as the real tensors count."""
-        kinds = {}
+        kinds = {}  # format -> array (tensors, elements, bytes)
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p] = self.state[p] or _new_state(p, group)
-                size = sum(t.nbytes for name, t in self.state[p].items() if name != "step")
-                m1, m2 = (f"{m.fmt}{m.bits}" if m.bits < 32 else "fp32" for m in _layout(p, group)[:2])
-                tensors, elements, total = kinds.get(f"{m1}+{m2}", (0, 0, 0))
-                kinds[f"{m1}+{m2}"] = tensors + 1, elements + p.numel(), total + size
-        parts = [f"{kind} {tensors} tensors, {elements / 1e6:.2f}M elements, {size / 1e6:.2f} MB"
-                 for kind, (tensors, elements, size) in kinds.items()]
-        _, elements, size = map(sum, zip(*kinds.values(), strict=True)) if kinds else (0, 0, 0)
-        each = size / max(1, elements)
-        return each, f"optimizer state: {each:.3f} bytes per parameter ({'; '.join(parts)}); fp32 has 8"
-
-
-def _layout(p: Tensor, group: dict) -> tuple[Moment, Moment, int, int]:
-    """Return (m1, m2, n, B): p's moments are stored as n rows of B elements, the last one filled up."""
-    if p.is_complex():
-        raise ValueError(f"a {tuple(p.shape)} parameter is complex; give AdamW its torch.view_as_real")
-    small = p.numel() < MIN_SIZE
-    m1, m2 = (Moment() if small else Moment(*group[m]) for m in ("m1", "m2"))
-    stored = [m for m in (m1, m2) if m.bits < 32]
-    n, width = -(-p.numel() // group["block"]), group["block"]
-    if any(m.gran == "per_channel" for m in stored):
-        n = p.shape[0] if p.dim() >= 2 else 1
-        width = p.numel() // n
-        if width % 2 and any(m.bits == 4 for m in stored):
-            raise ValueError(f"4-bit codes are packed in pairs, and the rows of a {tuple(p.shape)} "
-                             f"parameter have {width} elements; use per_block")
-    return m1, m2._replace(second=True), n, width
-
-
-def _is_plain(p: Tensor, group: dict) -> bool:
-    """Return whether torch's fused AdamW does the step: fp32, all of it."""
-    m1, m2, *_ = _layout(p, group)
-    return p.dtype == torch.float32 and m1.bits == m2.bits == 32
-
-
-def _new_state(p: Tensor, group: dict) -> dict:
-    """Return the state of p before the first step: codes and scales of zero."""
-    if _is_plain(p, group):
-        return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p)}
-    state, (*moments, n, width) = {"step": torch.zeros(())}, _layout(p, group)
-    for name, m in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        if m.bits == 32:
-            state[name] = torch.zeros(n, width, device=p.device)
-            continue
-        zero = 0 if m.second else 2 ** (m.bits - 1) - 1  # the code of the level 0
-        packed = zero * 17 if m.bits == 4 else zero  # twice in a byte
-        state[name] = torch.full((n, width * m.bits // 8), packed, dtype=torch.uint8, device=p.device)
-    per_tensor = any(m.gran == "per_tensor" for m in moments if m.bits < 32)
-    state["scales"] = torch.zeros(1 if per_tensor else n, 2, device=p.device)
-    return state
-
-
-def _kind(t: Tensor | None) -> str:
-    """Describe a tensor of the state for an error message."""
-    return "nothing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+                state = self.state[p] = self.state[p] or new_state(p, group)
+                size = sum(t.nbytes for name, t in state.items() if name != "step")
+                kind = "+".join(f"{m.fmt}{m.bits}" if m.bits < 32 else "fp32" for m in layout(p, group)[:2])
+                kinds[kind] = kinds.get(kind, 0) + np.array([1, p.numel(), size])
+        parts = "; ".join(f"{kind} {n} tensors, {elements / 1e6:.2f}M elements, {size / 1e6:.2f} MB"
+                          for kind, (n, elements, size) in kinds.items())
+        _, elements, size = sum(kinds.values(), np.zeros(3))
+        each = float(size / max(1, elements))
+        return each, f"optimizer state: {each:.3f} bytes per parameter ({parts}); fp32 has 8"

@@ -7,25 +7,18 @@
 Every document is encoded by itself and followed by one end-of-text token. "bytes" counts the UTF-8
 bytes of the text: nats per token * tokens / bytes / ln 2 = bits per byte, whatever the tokenizer.
 
-    python prepare_data.py                                        # stdlib: seconds, no network
-    python prepare_data.py --dataset=shakespeare                  # train 301,967 tokens, val 36,060
-    python prepare_data.py --dataset=fineweb --documents=1000000  # or openwebtext; all of it: hours
+    python prepare_data.py                            # stdlib: the *.py files of this Python
+    python prepare_data.py --dataset=shakespeare      # as nanoGPT: 301,967 and 36,060 tokens
+    python prepare_data.py --dataset=fineweb --documents=1000000  # or openwebtext (needs datasets)
     python prepare_data.py --dataset=mine --input=notes/,b.jsonl.xz --val_input=c.txt
 
-stdlib       the *.py files of this Python, without tests and installed packages
-shakespeare  nanoGPT's, and its split: 90 % of the characters are one document, the rest is val
-openwebtext  and fineweb (its sample-10BT) are streamed by Hugging Face's `datasets`
---input      .txt files, documents separated by a line <|endoftext|>; .jsonl files, {"text": ...} on
-             every line; both also as .gz, .xz, .zst; folders of such files, in sorted order. Line
-             ends are kept, a byte order mark is dropped, empty documents are skipped.
-
-Whether a document is held out depends only on its text (stdlib: its path). Memory holds a few
-documents, never all. A killed run leaves at most <data_dir>/.<name>.tmp; the next one removes it.
+--input takes .txt files, documents separated by a line <|endoftext|>; .jsonl files, {"text": ...}
+on every line; both also as .gz, .xz, .zst (needs zstandard); folders of them, sorted. What is held
+out depends only on a document's text (stdlib: its path). Memory holds a few documents at a time.
 """
 
-import errno
 import hashlib
-import http.client
+import importlib
 import json
 import lzma
 import os
@@ -38,9 +31,9 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -49,16 +42,16 @@ import tiktoken
 from tqdm import tqdm
 
 from support.config import one_line_errors, parse, refuse_idle
+from support.lock import lock
 
 FORMAT = 1  # of meta.json and the shards; other versions are refused
 EOT = "<|endoftext|>"
 KINDS = re.compile(r"\.(txt|jsonl)(\.gz|\.xz|\.zst)?$")  # the files that --input understands
 CHUNK = 1 << 16  # bytes read from a file at a time
 VERIFY_LIMIT = 2 << 30  # bytes; the checksum of a larger file would take minutes at every start
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BUILT_IN = {  # name: (where the text comes from, share of the documents that is held out for val)
     "stdlib": (f"standard library of Python {sys.version.split()[0]}", 0.05),
-    "shakespeare": (SHAKESPEARE, 0.1),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 0.1),
     "openwebtext": ("Skylion007/openwebtext", 0.0005),
     "fineweb": ("HuggingFaceFW/fineweb", 0.0005)}
 
@@ -72,8 +65,7 @@ class DataConfig:
 
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w.+-]*", self.dataset):
-            raise ValueError(f"--dataset={self.dataset} must be a plain folder name: letters, "
-                             "digits and . _ + -")
+            raise ValueError(f"--dataset={self.dataset} must be a folder name: letters, digits and . _ + -")
 
 
 @dataclass
@@ -82,7 +74,7 @@ class PrepareConfig:
 
     input: str = ""  # own text: files and folders, separated by commas
     val_input: str = ""  # own text for val; without it a part of --input is held out
-    val_fraction: float = 0.0  # held out; 0: 0.01, but 0.05 of stdlib, 0.0005 of openwebtext, fineweb
+    val_fraction: float = 0.0  # 0: 0.01, but 0.05 of stdlib, 0.0005 of openwebtext and fineweb
     tokenizer: Literal["auto", "bytes", "gpt2"] = "auto"  # auto: bytes for stdlib, else gpt2
     documents: int = 0  # to read of openwebtext or fineweb; 0: all
     processes: int = 0  # cores that tokenize, each by a thread, up to 256; 0: all, but at most 16
@@ -93,25 +85,17 @@ class PrepareConfig:
         name = self.data.dataset
         if not self.input and name not in BUILT_IN:
             raise ValueError(f"--dataset={name} needs --input=FILES, or is one of {', '.join(BUILT_IN)}")
-        refuse_idle(
-            self, input=(name not in BUILT_IN, "without a name of its own, --dataset=NAME"),
-            val_input=(self.input, "without --input"),
-            val_fraction=(not self.val_input and name != "shakespeare",
-                          "without a split to draw (--val_input and shakespeare bring theirs)"),
-            documents=(name in ("openwebtext", "fineweb"), "without --dataset=openwebtext or fineweb"))
-        for flag, right, allowed in (
-                ("val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1"),
-                ("documents", self.documents >= 0, "at least 0"),
-                ("processes", 0 <= self.processes <= 256, "0 to 256")):
-            if not right:
-                raise ValueError(f"--{flag}={getattr(self, flag)} must be {allowed}")
+        refuse_idle(self, input=(name not in BUILT_IN, "without a name of its own, --dataset=NAME"),
+                    val_input=(self.input, "without --input"),
+                    val_fraction=(not self.val_input and name != "shakespeare", "without a split to draw"),
+                    documents=(name in ("openwebtext", "fineweb"), "without --dataset=openwebtext or fineweb"))
+        if not (0 <= self.val_fraction < 1 and self.documents >= 0 and 0 <= self.processes <= 256):
+            raise ValueError(f"--val_fraction={self.val_fraction} must be at least 0 and below 1, "
+                             f"--documents={self.documents} at least 0, --processes={self.processes} 0 to 256")
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (257: one per byte, and end-of-text).
-
-    Raises: ValueError for another name, or if GPT-2's vocabulary is not there and not to be had.
-    """
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (257: every byte, and end-of-text)."""
     if name == "bytes":  # nothing ever merges, so how the pattern cuts the text does not matter
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
@@ -120,9 +104,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # what tiktoken raises without a network
-        raise ValueError(
-            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
-            "to a folder where tiktoken stored it before, or use --tokenizer=bytes") from error
+        raise ValueError("GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder "
+                         "where tiktoken stored it before, or use --tokenizer=bytes") from error
 
 
 # -----------------------------------------------------------------------------
@@ -145,102 +128,89 @@ def _stdlib(fraction: float) -> Iterator[tuple[str, str]]:
             yield (root / name).read_bytes().decode(), _split(name, fraction)
 
 
-def _shakespeare() -> Iterator[tuple[str, str]]:
-    """Yield two documents: the first 90 % of the characters, and the rest, as nanoGPT has them."""
+def _downloaded(source: str, limit: int | None, fraction: float) -> Iterator[tuple[str, str]]:
+    """Yield shakespeare, or the first documents of a dataset that is never stored as a whole."""
     try:
-        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as reply:
-            text = reply.read().decode()
-    except (OSError, http.client.HTTPException) as error:  # no network, or it broke off
-        raise OSError(f"download of {SHAKESPEARE} failed: {error}") from error
-    cut = int(len(text) * 0.9)
-    yield from ((text[:cut], "train"), (text[cut:], "val"))
-
-
-def _streamed(name: str, limit: int | None) -> Iterator[str]:
-    """Yield the first documents of a Hugging Face dataset, which is never stored as a whole."""
-    path, subset = BUILT_IN[name][0], "sample-10BT" if name == "fineweb" else None
-    try:
-        import datasets
-        rows = datasets.load_dataset(path, subset, split="train", streaming=True)
-        for row in tqdm(islice(rows, limit), name, limit, unit=" documents", disable=None):
-            yield row["text"]
-    except ImportError as error:
-        raise ValueError(f"--dataset={name} needs one more package: pip install datasets") from error
+        if "://" in source:  # shakespeare: two documents, as nanoGPT splits it
+            with urllib.request.urlopen(source, timeout=60) as reply:
+                text = reply.read().decode()
+            cut = int(len(text) * 0.9)
+            yield from ((text[:cut], "train"), (text[cut:], "val"))
+        else:
+            datasets = _optional("datasets")
+            subset = "sample-10BT" if "fineweb" in source else None
+            rows = datasets.load_dataset(source, subset, split="train", streaming=True)
+            yield from ((row["text"], _split(row["text"], fraction)) for row in islice(rows, limit))
     except Exception as error:  # of many libraries, for lack of a network or of the dataset
-        raise OSError(f"reading {path} failed: {' '.join(str(error).split())}") from error
+        raise OSError(f"reading {source} failed: {' '.join(str(error).split())}") from error
 
 
-def _lines(path: Path, bar: tqdm) -> Iterator[bytes]:
+def _optional(name: str):
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"one more package is needed: pip install {name}") from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed, with their line ends; only "\\n" ends a line.
 
     Not by lzma.open, which ignores a damaged second stream, nor by zstandard.open, which takes a
     truncated file for a whole one: a part of the text would be missing and nobody would know.
     """
-    starts = {".gz": lambda: zlib.decompressobj(31), ".xz": lzma.LZMADecompressor}  # 31: gzip's header
-    start, damage = starts.get(path.suffix), (zlib.error, lzma.LZMAError)
+    start = {".gz": lambda: zlib.decompressobj(31), ".xz": lzma.LZMADecompressor}.get(path.suffix)
+    if path.suffix == ".zst":
+        start = _optional("zstandard").ZstdDecompressor().decompressobj
     stream, rest = None, bytearray()  # rest grows in place, so that a huge line takes linear time
-    try:
-        if path.suffix == ".zst":
-            import zstandard
-            start, damage = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        with open(path, "rb") as file:
-            while data := file.read(CHUNK):
-                bar.update(len(data))
-                searched = len(rest)
-                while start and data:  # a file may be several streams in a row
-                    stream = stream or start()
-                    rest += stream.decompress(data)
-                    data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
-                rest += data
-                if rest.find(b"\n", searched) >= 0:
-                    *lines, rest = rest.split(b"\n")
-                    yield from (line + b"\n" for line in lines)
-    except ImportError as error:
-        raise ValueError(f"{path} needs one more package: pip install zstandard") from error
-    except damage as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            searched = len(rest)
+            while start and data:  # a file may be several streams in a row
+                stream = stream or start()
+                rest += stream.decompress(data)
+                data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+            rest += data
+            if rest.find(b"\n", searched) >= 0:
+                *lines, rest = rest.split(b"\n")
+                yield from (line + b"\n" for line in lines)
     if stream:
-        raise ValueError(f"{path}: truncated: the compressed data stop in the middle")
+        raise EOFError("truncated, the compressed data stop in the middle")
     yield rest
 
 
-def _documents(path: Path, bar: tqdm) -> Iterator[str]:
+def _documents(path: Path) -> Iterator[str]:
     """Yield the documents of a .txt or .jsonl file."""
-    jsonl, lines = KINDS.search(path.name)[1] == "jsonl", []
-    for number, raw in enumerate(_lines(path, bar), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            end = line[len(EOT):]
+    jsonl, lines, number = KINDS.search(path.name)[1] == "jsonl", [], 1
+    try:
+        for raw in _lines(path):
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")  # drops a byte order mark
             if jsonl and line.strip():
-                text = json.loads(line)["text"]
-                # JSON can spell half a surrogate pair, which UTF-8 cannot hold: it becomes U+FFFD.
+                text = json.loads(line)["text"]  # half a surrogate pair in it becomes U+FFFD
                 yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            elif not jsonl and line.startswith(EOT) and end in ("", "\n", "\r\n"):
-                yield "".join(lines).removesuffix(end or "\n")  # this line end is the separator's
+            elif not jsonl and line in (EOT, EOT + "\n", EOT + "\r\n"):
+                yield "".join(lines).removesuffix(line[len(EOT):] or "\n")
                 lines = []
             elif not jsonl:
                 lines.append(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: line {number}: not UTF-8: {error}") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            message = f'{path}: line {number}: not a JSON object with a string "text"'
-            raise ValueError(f"{message}: {error!r}") from error
-    yield "".join(lines)
+            number += 1
+        yield "".join(lines)
+    except Exception as error:  # of the file, a decompressor, UTF-8, JSON, or JSON without a text
+        kind = 'a JSON object with a string "text"' if jsonl else "UTF-8"
+        raise ValueError(f"{path}: cannot read line {number} as {kind}: {type(error).__name__}: {error}") from error
 
 
-def _texts(paths: str) -> Iterator[str]:
-    """Yield the documents of "a.txt,folder", in order."""
-    files = []
-    for path in map(Path, paths.split(",")):
-        found = [file for file in sorted(path.rglob("*")) or [path] if KINDS.search(file.name)]
-        if not found or not path.exists():
-            raise FileNotFoundError(f"input: no .txt or .jsonl (.gz, .xz, .zst) file is at {path}")
-        files += found
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-        for file in files:
-            bar.set_description(file.name)
-            yield from _documents(file, bar)
+def _own(paths: str, val_paths: str, fraction: float) -> Iterator[tuple[str, str]]:
+    """Yield the documents of "a.txt,folder", in order; without val_paths, a fraction is val."""
+    files = []  # all are found before the first is read
+    for part, split in ((paths, "train" if val_paths else ""), (val_paths, "val")):
+        for path in map(Path, part.split(",") if part else ()):
+            found = [file for file in sorted(path.rglob("*")) or [path] if KINDS.search(file.name)]
+            if not found or not path.exists():
+                raise FileNotFoundError(f"no .txt or .jsonl (.gz, .xz, .zst) file is at {path}")
+            files += [(file, split) for file in found]
+    for file, split in files:
+        yield from ((text, split or _split(text, fraction)) for text in _documents(file))
 
 
 def _source(config: PrepareConfig) -> tuple[str, Iterator[tuple[str, str]]]:
@@ -250,24 +220,17 @@ def _source(config: PrepareConfig) -> tuple[str, Iterator[tuple[str, str]]]:
     fraction = config.val_fraction or fraction
     if name == "stdlib":
         return source, _stdlib(fraction)
-    if name == "shakespeare":
-        return source, _shakespeare()
-    if config.val_input:
-        train, val = _texts(config.input), _texts(config.val_input)
-        pairs = chain(zip(train, repeat("train")), zip(val, repeat("val")))
-        return f"{source}; val: {config.val_input}", pairs
-    texts = _streamed(name, config.documents or None) if name in BUILT_IN else _texts(source)
-    return source, ((text, _split(text, fraction)) for text in texts)
+    if name in BUILT_IN:
+        return source, _downloaded(source, config.documents or None, fraction)
+    source += f"; val: {config.val_input}" if config.val_input else ""
+    return source, _own(config.input, config.val_input, fraction)
 
 
 # -----------------------------------------------------------------------------
-# text -> tokens -> shards
+# text -> tokens -> shards, and back
 
 def _tokenize(documents, tokenizer: tiktoken.Encoding, threads: int) -> Iterator[tuple]:
-    """Yield (split, bytes, uint16 tokens) of every non-empty document, in order.
-
-    Threads do, and need no copies as processes would: tiktoken works outside of Python's lock.
-    """
+    """Yield (split, bytes, uint16 tokens) of every non-empty document, in order."""
     def encode(text, split):
         try:
             tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
@@ -275,7 +238,7 @@ def _tokenize(documents, tokenizer: tiktoken.Encoding, threads: int) -> Iterator
             raise ValueError(f"tiktoken fails on the document {text[:60]!r}: {error}") from error
         return split, len(text.encode()), np.append(tokens, tokenizer.eot_token).astype("<u2")
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:  # threads do: tiktoken works outside of Python's lock
         waiting = deque()  # bounded: pool.map would read all documents into memory at once
         for text, split in documents:
             if text:
@@ -289,114 +252,88 @@ def _tokenize(documents, tokenizer: tiktoken.Encoding, threads: int) -> Iterator
 @contextmanager
 def _workspace(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` as the block ends, or vanishes if it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with ExitStack() as stack:
-        with suppress(ImportError, OSError):  # Windows and some file systems have no locks
-            import fcntl
-            lock = os.open(folder.parent, os.O_RDONLY)
-            stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with us, even when killed
-            except BlockingIOError as error:
-                raise ValueError(f"another preparation is at work in {folder.parent}; wait for it") from error
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if there and not overwrite:
-            raise FileExistsError(f"{folder} exists already; use --overwrite, or another --dataset")
-        if there - {"train.bin", "val.bin", "meta.json"}:
-            raise FileExistsError(f"{folder} holds other files than a dataset's; move them away")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: nobody else has the lock
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+    new, old = temporary / "new", temporary / "old"
+    with lock(temporary, f"another preparation works in {temporary}; wait for it to end"):
         try:
-            (temporary / "new").mkdir(parents=True)
-            yield temporary / "new"
+            there = {path.name for path in folder.glob("*")}
+            if there and not overwrite:
+                raise FileExistsError(f"{folder} exists already; use --overwrite, or another --dataset")
+            if there - {"train.bin", "val.bin", "meta.json"}:
+                raise FileExistsError(f"{folder} holds other files than a dataset's; move them away")
+            for left in (new, old):  # by a killed preparation
+                shutil.rmtree(left, ignore_errors=True)
+            new.mkdir()
+            yield new
             if folder.exists():
-                folder.rename(temporary / "old")
-            (temporary / "new").rename(folder)  # atomic: a folder of this name is always complete
+                folder.rename(old)
+            new.rename(folder)  # atomic: a folder of this name is always complete
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a failed write does not say where
-                raise OSError(error.errno, error.strerror, str(folder.parent)) from error
+            if error.errno and not error.filename:  # a full disk does not say where it is
+                error.filename = str(folder)
             raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Make the dataset and return its folder.
-
-    Raises: ValueError for input that cannot be used, FileExistsError if the dataset exists already,
-    OSError for an unreadable file, a failed download or a full disk. Nothing is left behind then.
-    """
+    """Make the dataset and return its folder; leave nothing if it fails (ValueError, OSError)."""
     auto = "bytes" if config.data.dataset == "stdlib" else "gpt2"
     tokenizer = get_tokenizer(auto if config.tokenizer == "auto" else config.tokenizer)
     source, documents = _source(config)
+    folder = Path(config.data.data_dir, config.data.dataset)
     counts = {split: Counter(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
     hashes = {split: hashlib.sha256() for split in counts}
-    folder = Path(config.data.data_dir, config.data.dataset)
     with _workspace(folder, config.overwrite) as new:
         with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
-            cores = config.processes or min(os.cpu_count() or 1, 16)
-            for split, size, tokens in _tokenize(documents, tokenizer, cores):
+            pieces = _tokenize(documents, tokenizer, config.processes or min(os.cpu_count() or 1, 16))
+            for split, size, tokens in tqdm(pieces, total=config.documents, unit=" documents", disable=None):
                 (train if split == "train" else val).write(tokens)
                 hashes[split].update(tokens)
                 counts[split].update(tokens=len(tokens), bytes=size, documents=1)
         for split, count in counts.items():
             if not count["tokens"]:
-                raise ValueError(f"no document is in {split}; give more documents (a line {EOT} divides"
-                                 " .txt files), --val_input, or another --val_fraction")
+                raise ValueError(f"no document is in {split}; give more (a line {EOT} divides a .txt) or --val_input")
             count["sha256"] = hashes[split].hexdigest()
-        with open(new / "meta.json", "w") as file:
-            meta = {"format": FORMAT, "source": source, "tokenizer": tokenizer.name,
-                    "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token, **counts}
-            json.dump(meta, file, indent=2)
+        meta = {"format": FORMAT, "source": source, "tokenizer": tokenizer.name,
+                "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token, **counts}
+        (new / "meta.json").write_text(json.dumps(meta, indent=2))
     print(f"{folder}: {tokenizer.name} tokenizer; " + "; ".join(
         f"{key} {n['tokens']:,} tokens, {n['documents']:,} documents" for key, n in counts.items()))
     return folder
 
 
-# -----------------------------------------------------------------------------
-# shards -> tokens
-
 def open_dataset(config: DataConfig) -> tuple[np.memmap, np.memmap, dict]:
-    """Open a prepared dataset, and notice damage, which would show up only as a strange loss.
-
-    Returns: train and val tokens (uint16, one dimension, read-only, on disk), meta.json as a dict.
-    Raises: FileNotFoundError with the command that makes the data, ValueError for damaged data.
-    """
+    """Return train and val tokens (uint16, read-only, on disk) and meta.json; refuse damage."""
     folder = Path(config.data_dir, config.dataset)
     remedy = f"python prepare_data.py --dataset={config.dataset} --data_dir={config.data_dir}"
     remedy += "" if config.dataset in BUILT_IN else " --input=FILES"
-    again = f"; make it again: {remedy} --overwrite"
     if not (folder / "meta.json").exists():
-        raise FileNotFoundError(f"there is no prepared dataset in {folder}; say where it is with "
-                                f"--data_dir, or make it: {remedy}")
+        raise FileNotFoundError(f"there is no prepared dataset in {folder}; use --data_dir, or make it: {remedy}")
+    path, shards = folder / "meta.json", []
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads(path.read_text())
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this program reads format {FORMAT}")
-        vocab_size = int(meta["vocab_size"])
-        expected = [(folder / f"{split}.bin", 2 * int(meta[split]["tokens"]), meta[split]["sha256"])
-                    for split in ("train", "val")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'meta.json'} cannot be used: {error!r}{again}") from error
-    shards = []
-    for path, size, sha256 in expected:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing{again}")
-        if path.stat().st_size != size or not size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {size}{again}")
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-        if size <= VERIFY_LIMIT and hashlib.sha256(tokens).hexdigest() != sha256:
-            raise ValueError(f"{path}: the checksum differs from meta.json{again}")
-        if (top := tokens[:1 << 20].max()) >= vocab_size:  # the checksum vouches for the rest
-            raise ValueError(f"{path}: token {top} is outside the vocabulary of {vocab_size}{again}")
-        shards.append(tokens)
+        for split in ("train", "val"):
+            path, size = folder / f"{split}.bin", 2 * meta[split]["tokens"]
+            if path.stat().st_size != size:
+                raise ValueError(f"{path.stat().st_size} bytes, expected {size}")
+            tokens = np.memmap(path, dtype="<u2", mode="r")
+            if size <= VERIFY_LIMIT and hashlib.sha256(tokens).hexdigest() != meta[split]["sha256"]:
+                raise ValueError("the checksum differs from meta.json")
+            if (top := tokens[:1 << 20].max()) >= meta["vocab_size"]:  # or the GPU fails
+                raise ValueError(f"token {top} is outside the vocabulary of {meta['vocab_size']}")
+            shards.append(tokens)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; make it again: {remedy} --overwrite") from error
     return *shards, meta
 
 
 def main() -> None:
     """Run from the command line."""
-    config = parse(PrepareConfig, doc=__doc__)
     with one_line_errors():
-        prepare(config)
+        prepare(parse(PrepareConfig, doc=__doc__))
 
 
 if __name__ == "__main__":

@@ -385,7 +385,8 @@ def fold(quantizer: Callable | None, a: Tensor, b: Operand) -> tuple[Operand, Op
     lie along the contraction L and do not factor out of it. But A @ (codes * s).T = (A * s) @ codes.T: the gradient
     takes them up before it is rounded, all scales are then per row, and x and w need not be rounded a second time.
     """
-    if getattr(quantizer, "fold", False) and isinstance(b, Quantized) and b.scale.shape[2] > 1:
+    folds = getattr(quantizer, "fold", False) and quantizer.bits < 32
+    if folds and isinstance(b, Quantized) and b.scale.shape[2] > 1:
         assert b.zero_point is None, "QuantConfig refuses zero points where a gradient takes up scales"
         s = b.scale.expand(1, 1, -1, b.codes.shape[1] // b.scale.shape[2])  # (1, 1, L/tc, tc)
         a, b = a.float() * s.reshape(1, -1), Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)

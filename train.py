@@ -16,6 +16,8 @@ The file reads from top to bottom: config, learning rate, data, a step, the loop
 A program that trains something else overrides methods of Run and calls main with its own config and run classes.
 """
 
+import support.early  # noqa: F401  isort: skip (first: refuse a bad command line before torch is imported)
+
 import contextlib
 import math
 import os
@@ -35,15 +37,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import extensions
-from eval import bits_per_byte, evaluate, sample, unigram_entropy, val_windows
+from eval import bits_per_byte, evaluate, sample, show, unigram_entropy, val_windows
 from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig
 from support.checkpoint import load_weights, save_checkpoint
 from support.config import flatten, one_line_errors, refuse_idle
-from support.device import Processes, peak_flops, resolve
-from support.log import Log, introduce, lock, read_log
+from support.device import Processes, explain_compile_errors, peak_flops, resolve
+from support.lock import lock
+from support.log import Log, introduce, read_log
 from support.presets import PRESETS, load_config
 
 
@@ -178,7 +181,7 @@ class Run:
     def make_model(self) -> GPT:
         """Build the GPT on the CPU, with the weights of a checkpoint or a Hugging Face folder if there are any."""
         source, vocab_size, name = self.source, self.meta["vocab_size"], self.config.init_from
-        if source and source["vocab_size"] != vocab_size:
+        if source and source["vocab_size"] not in (vocab_size, -(-vocab_size // 64) * 64):  # or with its padding rows
             raise ValueError(f"--init_from={name} has a vocabulary of {source['vocab_size']}, the data one of "
                              f"{vocab_size}; prepare the data with the model's tokenizer")
         dtype = getattr(torch, self.config.dtype)
@@ -363,8 +366,8 @@ class Run:
             print(f"{np.median(self.speeds):,.0f} tokens/s (median of the log's lines), {seconds:.0f} s in all")
         if self.config.sample_tokens:
             print("sample:")
-            print(sample(self.evaluated_model(), self.meta["tokenizer"], new_tokens=self.config.sample_tokens,
-                         seed=self.config.seed))
+            show(sample(self.evaluated_model(), self.meta["tokenizer"], new_tokens=self.config.sample_tokens,
+                        seed=self.config.seed))
 
 
 # -----------------------------------------------------------------------------
@@ -383,7 +386,11 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
         with contextlib.ExitStack() as stack:
 
             def enter():
-                stack.enter_context(lock(out))
+                busy = f"another run trains in --out_dir={out}; choose another, or end that one"
+                try:
+                    stack.enter_context(lock(out, busy))
+                except (FileExistsError, NotADirectoryError):
+                    raise ValueError(f"--out_dir={out} is or lies in a file, not a folder; choose another") from None
                 if not config.resume and (out / "ckpt.pt").exists():
                     raise ValueError(f"--out_dir={out} holds another run; add --resume to go on with it, "
                                      "or choose another --out_dir")
@@ -392,7 +399,8 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
             log = Log(config, run.step, processes.main)
             if not config.resume:
                 log.write(config=flatten(config))
-            status, code = run.train(log)
+            with explain_compile_errors():
+                status, code = run.train(log)
             log.bar.close()
             log.write(status=status, step=run.step)
         if status == "finished" and processes.main:

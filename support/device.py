@@ -1,5 +1,6 @@
 """The machine and the processes: which device, what it does fast, who takes part in a run."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -8,7 +9,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,23 @@ def can_compile() -> bool:
     """Tell whether torch.compile finds what it needs to build kernels: a C++ compiler and Python's headers."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@contextlib.contextmanager
+def explain_compile_errors() -> Iterator[None]:
+    """Say which folder to delete when a file of torch's compile cache is broken, as a kill while compiling leaves it.
+
+    Raises: ValueError instead of what dynamo and Inductor raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, since it costs two seconds
+        raise ValueError(f"torch.compile failed: {str(error).splitlines()[0][:150]}; if a run was killed "
+                         f"while compiling, a file of its cache is broken: delete {cache_dir()}, or use --compile=False"
+                         ) from error
 
 
 def keep_freed_memory() -> None:

@@ -37,29 +37,6 @@ def read_log(path: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def lock(out: Path) -> contextlib.AbstractContextManager:
-    """Make out_dir and hold it for one run, until the with block or the process ends.
-
-    Raises: ValueError if another run holds it, or if it cannot be a folder. Where a file system has no locks, none.
-    """
-    stack = contextlib.ExitStack()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"--out_dir={out} is or lies in a file, not a folder; choose another") from None
-    with contextlib.suppress(ImportError):  # Windows
-        import fcntl
-        handle = os.open(out, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is training in --out_dir={out}; choose another, or end that one") from None
-        except OSError:
-            pass
-    return stack
-
-
 def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> None:
     """Print what runs where, and how the model differs from an unquantized one."""
     commit = subprocess.run(["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from model import GPTConfig
-from support.checkpoint import load_checkpoint, load_source
+from support.checkpoint import load_checkpoint
 from support.config import build, flatten, parse
+from support.huggingface import load_source
 
 # Every size names the same flags, so that the last one of --preset=tiny,gpt2 wins.
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=32,

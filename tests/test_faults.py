@@ -3,15 +3,19 @@
 Nothing of it may end in a traceback, train on as if nothing were, or replace what was good.
 """
 
+import io
 import json
 import math
 import random
 import re
+import resource
+import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import SMALL, column, read, same
+from conftest import ROOT, SMALL, column, read, same
 
 import bench
 import eval as evaluation
@@ -20,7 +24,9 @@ import prepare_data
 import train
 from support.checkpoint import load_checkpoint
 from support.config import one_line_errors
-from support.log import Log, lock, read_log
+from support.device import explain_compile_errors
+from support.lock import lock
+from support.log import Log, read_log
 from support.presets import PRESETS
 
 
@@ -54,10 +60,10 @@ def one_line(err, message):
 
 def test_a_second_run_in_the_same_folder_is_refused(run, tmp_path):
     """While one run holds out_dir, another is refused, resumed or not, and leaves nothing behind."""
-    with lock(tmp_path / "a"):
+    with lock(tmp_path / "a", ""):
         for flags in ([], ["--resume=auto"]):
             code, _, err = run(tmp_path / "a", *flags)
-            assert code == 2 and one_line(err, "another run is training in --out_dir")
+            assert code == 2 and one_line(err, "another run trains in --out_dir")
         assert not list((tmp_path / "a").iterdir())
     assert run(tmp_path / "a", "--max_iters=2")[0] == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
@@ -206,6 +212,34 @@ def test_a_damaged_log_stops_nobody(damage, copy, run):
 
 # -----------------------------------------------------------------------------
 # errors for the user, and errors of ours
+
+@pytest.mark.parametrize("command, code, message", [
+    ("train.py --wbit=8", 2, "did you mean --wbits?"), ("train.py --n_embd=66", 2, "must divide --n_embd=66"),
+    ("eval.py --prompt=x --sample_tokens=0", 2, "--prompt=x has no effect"), ("train.py --help", 0, "--wbits")])
+def test_a_bad_command_line_does_not_wait_for_torch(command, code, message):
+    """Refused, and --help, in under a second of CPU time (torch's import alone takes two)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == code and message in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert after.ru_utime - before.ru_utime < 1.5
+
+
+def test_a_broken_compile_cache_is_named(capsys):
+    """What dynamo or Inductor raise becomes one line that names the folder to delete."""
+    with pytest.raises(SystemExit), one_line_errors(), explain_compile_errors():
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, OSError("x.so: file too short"), None)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "file too short" in err and "delete /" in err and "--compile=False" in err
+
+
+def test_a_terminal_without_the_character(monkeypatch):
+    """A sample that the terminal cannot show is printed with question marks, and ends nothing."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    evaluation.show("caf\u00e9")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf?\n"
 
 def test_only_what_we_raise_is_one_line(capsys):
     """A ValueError that we raise is for the user; one from a library or from Python is a bug, with traceback."""

@@ -24,7 +24,7 @@ RECIPES = {  # every shape a recipe can take on its way through the model
     "head_asym_block": dict(HEAD, asym=True, agran="per_block", wgran="per_block", wblock=16),
     "head_w8a8g8": dict(HEAD, gbits=8, ggemm="both", split_qkv=True),
     "head_fp8": dict(HEAD, wfmt="e4m3", afmt="e4m3", gbits=8, gfmt="e5m2", ggran="per_row", ggemm="both")}
-W, A, G = ({f"{x}bits": 8, f"{x}gran": "per_block"} for x in "wag")
+W, G = ({f"{x}bits": 8, f"{x}gran": "per_block"} for x in "wg")
 ROW, ALL, COLUMN, BLOCK = (1, None), (None, None), (None, 1), (1, 8)
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 PRUNED = dict(n_head=4, heads=(1, 3), hidden=(45, 128))  # of 4 heads and 128 units
@@ -44,7 +44,6 @@ def gpt(quant=None, vocab=50, seed=0, dtype=torch.float32, linear=None, wide=Fal
 
 
 def tokens(*shape, vocab=50, seed=1):
-    """Draw random tokens."""
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -69,41 +68,25 @@ def fit(model, batches, lr):
 # the shape
 
 @pytest.mark.parametrize("n_layer, n_head, n_embd, published", [
-    (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
-    (48, 25, 1600, 1_557_611_200)])
+    (12, 12, 768, 124439808), (24, 16, 1024, 354823168), (36, 20, 1280, 774030080), (48, 25, 1600, 1557611200)])
 def test_parameter_counts_are_the_published_ones(n_layer, n_head, n_embd, published):
-    """GPT-2 small to XL have as many parameters as released, lm_head not counted twice, 47 padding rows apart."""
+    """GPT-2 small to XL have as many as released, lm_head not counted twice; FLOPs: 6 each, attention 12 T C."""
     with torch.device("meta"):
         model = gpt(HEAD, 50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=1024)
-    assert sum(p.numel() for p in model.parameters()) - 47 * n_embd == published
+    weights = sum(p.numel() for p in model.parameters())
+    assert weights - 47 * n_embd == published  # 47 rows of padding
+    assert model.flops_per_token() == 6 * (weights - 1024 * n_embd) + 12 * n_layer * n_embd * 1024  # wpe is looked up
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("heads, hidden", [((), ()), ((1, 2, 1), (5, 256, 100))])
-def test_parameters_and_flops_by_hand(heads, hidden, bias):
-    """6 FLOPs per weight and token, 12 T per channel of attention: summed for L=3, C=64, T=32, V=128, heads of 32."""
-    C, T, V = 64, 32, 128
-    weights, channels = V * C + C + C * bias, 0  # wte, ln_f
-    for A, H in zip((32 * h for h in heads or (2, 2, 2)), hidden or (256, 256, 256), strict=True):
-        weights += 4 * C * A + 2 * C * H + 2 * C + (3 * A + C + H + C + 2 * C) * bias
-        channels += A
-    model = gpt(n_layer=3, n_embd=C, block_size=T, vocab=100, bias=bias, heads=heads, hidden=hidden)
-    assert sum(p.numel() for p in model.parameters()) == weights + T * C  # wpe is looked up, not multiplied
-    assert model.flops_per_token() == 6 * weights + 12 * channels * T
-
-
-@pytest.mark.parametrize("quant", [{}, W8A8])
-def test_initialisation(quant):
+def test_initialisation():
     """Weights are normal(0, 0.02), c_proj 0.02/sqrt(2 L): mean and std within 5 sigma."""
-    for name, p in gpt(quant, n_layer=8, n_embd=64, vocab=300, block_size=128).named_parameters():
+    for name, p in gpt(W8A8, n_layer=8, n_embd=64, vocab=300, block_size=128).named_parameters():
         std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
         if p.dim() == 2:
             assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), name
             assert abs(p.mean().item() / std) < 5 / math.sqrt(p.numel()), name
-        else:
-            assert (p == (0 if name.endswith("bias") else 1)).all(), name
-    assert same(gpt().state_dict(), gpt(quant).state_dict())  # a function of the seed
-    assert not torch.equal(gpt(quant).wte.weight, gpt(quant, seed=1).wte.weight)
+        assert p.dim() == 2 or (p == (0 if name.endswith("bias") else 1)).all(), name
+    assert same(gpt().state_dict(), gpt(W8A8).state_dict())  # a function of the seed
 
 
 def test_stable_embedding():
@@ -111,20 +94,17 @@ def test_stable_embedding():
     model, x, seen = gpt(vocab=100, n_layer=1, stable_embedding=True), tokens(2, 16, vocab=100), []
     assert 0.98 < model.wte.weight.abs().max() / (6 / (128 + 32)) ** 0.5 <= 1
     model.h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(x, x).backward()
-    rows = model.wte(x) - model.wte(x).mean(-1, keepdim=True)
-    rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert torch.allclose(seen[0], rows + model.wpe.weight, atol=1e-5) and model.ln_e.weight.grad.abs().sum() > 0
+    model(x)
+    torch.testing.assert_close(seen[0], F.layer_norm(model.wte(x), (32,)) + model.wpe.weight)
 
 
 @pytest.mark.parametrize("message, shape", [
-    ("--n_layer=0", dict(n_layer=0)), ("--n_head=0", dict(n_head=0)), ("--n_embd=-8", dict(n_embd=-8)),
-    ("--block_size=0", dict(block_size=0)), ("--n_head=5 must divide --n_embd=32", dict(n_head=5, n_embd=32)),
-    ("--dropout=1.0", dict(dropout=1.0)), ("--dropout=-0.1", dict(dropout=-0.1)),
-    *((f"--keep8={keep} runs attention again", dict(dropout=0.1, keep8=keep)) for keep in ("attn", "both")),
-    *((rf"--{name}={','.join(map(str, bad))} must be 2 numbers \(n_layer\) from 1 to {most}, or empty",
-       {name: bad, "n_layer": 2}) for name, most in (("heads", 12), ("hidden", 3072))
-      for bad in ((3,), (0, 3), (3, most + 1), (1, 1, 1)))])
+    *((f"--{name}=0", {name: 0}) for name in ("n_layer", "n_head", "n_embd", "block_size")),
+    ("--n_head=5 must divide --n_embd=32", dict(n_head=5, n_embd=32)),
+    *((f"--dropout={p}", dict(dropout=p)) for p in (1.0, -0.1)),
+    ("--keep8=attn runs attention again", dict(dropout=0.1, keep8="attn")),
+    *((r"--heads=[\d,]+ must be 2 numbers \(n_layer\) from 1 to 12, or empty", {"heads": bad, "n_layer": 2})
+      for bad in ((3,), (0, 3), (3, 13), (1, 1, 1))), ("--hidden=3,3073 must be", dict(hidden=(3, 3073), n_layer=2))])
 def test_impossible_shapes(message, shape):
     """A shape that cannot be is refused in one line, by the name of its flag; its legal neighbours are not."""
     with pytest.raises(ValueError, match=rf"\A{message}.*\Z"):
@@ -134,29 +114,29 @@ def test_impossible_shapes(message, shape):
 
 def test_a_pruned_model_is_the_dense_one_with_zeros():
     """Without heads and units whose rows are zero in the dense model: its logits in float64, and gradients as there."""
-    dense, idx, t = gpt(wide=True, dtype=torch.float64, n_head=4), tokens(3, 16), tokens(3, 16, seed=2)
-    whole, state = dense(idx), dense.state_dict()  # the state's tensors are the model's own
-    for i, (heads, units) in enumerate(((torch.tensor([2]), 45), (torch.tensor([0, 1, 3]), 128))):
+    small, dense = gpt(wide=True, dtype=torch.float64, **PRUNED), gpt(dtype=torch.float64, n_head=4)
+    rows, columns, idx, t = {}, {}, tokens(3, 16), tokens(3, 16, seed=2)
+    for i, (heads, units) in enumerate((([2], 45), ([0, 1, 3], 128))):
         channels = torch.arange(32).view(4, 8)[heads].flatten()
         units = torch.randperm(128, generator=torch.Generator().manual_seed(i))[:units]
-        qkv = torch.cat((channels, channels + 32, channels + 64))
-        for part, fan_in, rows, columns in (("attn", "c_attn", qkv, channels), ("mlp", "c_fc", units, units)):
-            for name in (f"h.{i}.{part}.{fan_in}.weight", f"h.{i}.{part}.{fan_in}.bias"):
-                kept = state[name][rows]
-                state[name].zero_()[rows] = kept
-                state[name] = kept
-            state[f"h.{i}.{part}.c_proj.weight"] = state[f"h.{i}.{part}.c_proj.weight"][:, columns]
-    small = gpt(dtype=torch.float64, **PRUNED)
-    small.load_state_dict(state)
+        rows |= {f"h.{i}.attn.c_attn": torch.cat((channels, channels + 32, channels + 64)), f"h.{i}.mlp.c_fc": units}
+        columns |= {f"h.{i}.attn.c_proj.weight": channels, f"h.{i}.mlp.c_proj.weight": units}
+    for name, theirs in dense.state_dict().items():  # the state's tensors are the model's own
+        mine, layer = small.state_dict()[name], name.rpartition(".")[0]
+        if layer in rows:
+            theirs.zero_()[rows[layer]] = mine
+        else:
+            theirs[(slice(None), columns[name]) if name in columns else ...] = mine
     torch.testing.assert_close(small(idx), dense(idx), rtol=0, atol=1e-12)
-    assert (dense(idx) - whole).abs().max() > 0.1
+    weights = sum(p.numel() for name, p in small.named_parameters() if name != "wpe.weight")
+    assert small.flops_per_token() == 6 * weights + 12 * (1 + 3) * 8 * 16  # heads, channels in each, T
     ours, theirs = (grads(m, m(idx, t)) for m in (small, dense))
     for name in ("wte.weight", "h.0.ln_1.weight", "h.1.ln_2.bias", "h.1.mlp.c_proj.bias"):  # fp32, as the loss is
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
 
 
 # -----------------------------------------------------------------------------
-# the head and the loss
+# the head and the loss, recipes, training, sampling
 
 def head(M=37, V=128, C=16, vocab=100, seed=0, valid=0.8):
     """Draw x (M, C), w (V, C) with logits of size 2 and targets (M,), a fifth of them ignored (-1 or -100)."""
@@ -188,9 +168,7 @@ def oracle(x, w, t, vocab, backward_x=None, backward_w=None):
 @given(M=st.integers(1, 40), vocab=st.integers(1, 128), rows=st.integers(1, 45), seed=st.integers(0, 999),
        valid=st.sampled_from([0.0, 0.5, 1.0]))
 @example(M=37, vocab=100, rows=5, seed=0, valid=0.5)  # 8 chunks, the last of 2 rows
-@example(M=37, vocab=100, rows=45, seed=0, valid=0.5)  # one chunk
 @example(M=1, vocab=1, rows=1, seed=0, valid=1.0)  # a loss of 0, one token to choose from
-@example(M=9, vocab=100, rows=2, seed=0, valid=0.0)  # nothing to learn from
 def test_cross_entropy_equals_torch_in_float64(M, vocab, rows, seed, valid):
     """Loss, dx and dw are F.cross_entropy's, with ignored targets and padding rows, however cut into chunks."""
     x, w, t, _ = head(M, vocab=vocab, seed=seed, valid=valid)
@@ -200,11 +178,9 @@ def test_cross_entropy_equals_torch_in_float64(M, vocab, rows, seed, valid):
         ours, thrice, padded = fused(x, w, t, vocab), fused(x, w, t, vocab, factor=3.0), fused(x, loud, t, vocab)
         noisy = fused(x, loud, t, vocab, Recipe(grad_weight_grad_output=noise))
     for a, b, c, d, factor in zip(ours, oracle(x, w, t, vocab)[:3], padded, thrice, (1, 3, 3), strict=True):
-        # a row of dlogits sums |p - one_hot| <= 2, over the number of targets: entries reach |w|, |x| ~ 3
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-8)  # padding rows may hold anything
         assert torch.equal(a * factor, d)  # backward of 3 loss, as gradient accumulation needs it
-        assert (t >= 0).any() or not a.any()
     assert not padded[2][vocab:].any() and not noisy[2][vocab:].any()  # and get no gradient, however it is rounded
 
 
@@ -217,11 +193,6 @@ def test_gradients_of_the_loss():
         for ax, aw, slope in ((vx, 0, (vx * dx).sum()), (0, vw, (vw * dw).sum())):
             up, down = (linear_cross_entropy(x.double() + s * ax, w.double() + s * aw, t, vocab) for s in (e, -e))
             assert (up - down).item() / (2 * e) == pytest.approx(slope.item(), abs=1e-3)
-    # An incoming 1/3 scales a bf16 dx in fp32; in bf16 it would make all of dx 0.2 % too large. The 6400 entries are
-    # rounded by at most 2^-8 of themselves at random: their projection is good to 5 / sqrt(6400) / 2^8.
-    x, *rest = head(400)
-    once, third = (fused(x.bfloat16(), *rest, factor=f)[1].double() for f in (1, 1 / 3))
-    assert abs((third * once).sum() / (once * once).sum() * 3 - 1) < 2.5e-4
 
 
 @pytest.mark.parametrize("backward", ["ste", "fp"])
@@ -239,36 +210,26 @@ def test_quantized_head_equals_its_twin(tile, asym, backward, monkeypatch):
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_quantized_gradient_of_the_head(foreign):
-    """Each GEMM of the head sees its own quantized gradient: rounded in one, untouched in the other."""
-    x, w, t, vocab = head()
+@pytest.mark.parametrize("gemm, tile", [("grad_input", ROW), ("grad_weight", COLUMN), ("grad_weight", BLOCK)])
+def test_quantized_gradient_of_the_head(gemm, tile, foreign, monkeypatch):
+    """One GEMM sees a quantized gradient, the other the untouched one; chunks of tokens cut no block of scales."""
+    (x, w, t, vocab), q, mine = head(M=40), Quantizer(4, tile), 1 if gemm == "grad_input" else 2
     exact, g = fused(x, w, t, vocab), oracle(x, w, t, vocab)[3].float()
-    for slot, q, twin, mine in (("grad_input_grad_output", Quantizer(4, ROW), lambda q: q(g) @ w, 1),
-                                ("grad_weight_grad_output", Quantizer(4, COLUMN), lambda q: q(g.T) @ x, 2)):
-        ours = fused(x, w, t, vocab, Recipe(**{slot: q.__call__ if foreign else q}))
-        assert torch.equal(ours[3 - mine], exact[3 - mine])  # near ties fp32 and float64 differ: so, 20 times nearer
-        assert (ours[mine] - twin(q)).norm() < 0.05 * (twin(q) - exact[mine]).norm()
-
-
-def test_chunks_change_nothing_but_the_order_of_sums(monkeypatch):
-    """W8A8G8 per token, 1 to 37 chunks: equal to rounding; a block of gradients along 96 tokens is never cut."""
-    (x, w, t, vocab), idx = head(), tokens(6, 16)
-    recipe = Recipe(Quantizer(8, ROW), Quantizer(8, ROW), Quantizer(8, ROW), None, Quantizer(8, COLUMN))
-    model = gpt(dict(G, wblock=32, quant_head=True))
-    whole, loss = fused(x, w, t, vocab, recipe), model(idx, idx)
-    for rows in (1, 2, 5, 36, 25):
+    twin = q(g) @ w if mine == 1 else q(g.T) @ x  # near ties fp32 and float64 differ: so, 20 times nearer
+    recipe = Recipe(**{f"{gemm}_grad_output": q.__call__ if foreign and tile != BLOCK else q})
+    whole = fused(x, w, t, vocab, recipe)
+    assert torch.equal(whole[3 - mine], exact[3 - mine])
+    assert (whole[mine] - twin).norm() < 0.05 * (twin - exact[mine]).norm()
+    for rows in (1, 2, 5, 39, 25):
         monkeypatch.setattr(model_py, "MAX_LOGITS", rows * len(w))
         ours = fused(x, w, t, vocab, recipe)
         assert all((i - j).abs().max() <= 1e-5 * j.abs().max() for i, j in zip(ours, whole, strict=True))
-    torch.testing.assert_close(model(idx, idx), loss)  # 50 of its rows of 64 logits
 
 
 class Largest(TorchDispatchMode):
-    """Record the number of elements of the largest floating tensor that any operation returns."""
-    elements = 0
+    elements = 0  # of the largest floating tensor that any operation returns
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation and look at what it returns."""
         out = func(*args, **(kwargs or {}))
         tensors = (t for t in tree_leaves(out) if torch.is_tensor(t) and t.is_floating_point())
         self.elements = max(self.elements, *(t.numel() for t in tensors), 0)
@@ -278,8 +239,7 @@ class Largest(TorchDispatchMode):
 @recipes
 def test_full_logits_never_exist(quant, monkeypatch):
     """No operation returns more than MAX_LOGITS numbers, in any dtype; no_grad gives the same bits without backward."""
-    model, idx = gpt(quant, vocab=1050, n_embd=16, n_layer=1), tokens(4, 16)
-    budget = 16 * 1088  # a quarter of the M = 64 rows; as many as w (V, C) has
+    model, idx, budget = gpt(quant, vocab=1050, n_embd=16, n_layer=1), tokens(4, 16), 16 * 1088  # a quarter; as w has
     monkeypatch.setattr(model_py, "MAX_LOGITS", budget)
     with Largest() as training:
         loss = model(idx, idx)
@@ -304,12 +264,7 @@ def test_both_uses_of_the_head_agree(quant, reparam):
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
     assert not reparam or ours["lm_head.reparam.weight"] != 0
-    if not quant:
-        torch.testing.assert_close(logits, model.hidden(idx) @ model.lm_head.used_weight().T)
 
-
-# -----------------------------------------------------------------------------
-# recipes
 
 def test_32_bits_are_plain_linear_for_a_whole_run():
     """QuantLinear at 32 bits, and W8A8 with every block skipped, are nn.Linear: 20 steps of AdamW, bitwise."""
@@ -318,21 +273,18 @@ def test_32_bits_are_plain_linear_for_a_whole_run():
         runs.append((fit(model, idx, 1e-2), model.state_dict(), model(idx[0, :, :-1])))
     assert same(runs[0], runs[1]) and same(runs[0], runs[2])
     assert not torch.equal(model.wte.weight, gpt().wte.weight)  # it was a run
-    assert not torch.equal(gpt(W8A8)(idx[0, :, 1:]), gpt()(idx[0, :, 1:]))  # and W8A8 is seen elsewhere
 
 
 @pytest.mark.parametrize("quant_head", [False, True])
 @pytest.mark.parametrize("skip", [(), (1,), (0, 11), (-1,), (-12, 3)])
 def test_skip_blocks_and_quant_head(skip, quant_head):
     """Exactly the named blocks (1, not 10 or 11; -1 is 11), and lm_head unless asked for, stay in fp32."""
-    config, asked = QuantConfig(**W8A8, skip_blocks=skip, quant_head=quant_head), []
+    config = QuantConfig(**W8A8, skip_blocks=skip, quant_head=quant_head)
     with torch.device("meta"):
         model = gpt(n_layer=12, linear=quant_linears(config, 12))
-        gpt(n_layer=12, linear=quant_linears(config, 12, lambda *layer: asked.append(layer)))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     spared = {f"h.{i % 12}.{name}" for i in skip for name in LINEARS} | (set() if quant_head else {"lm_head"})
     assert len(layers) == 4 * 12 + 1 and {n for n, m in layers.items() if m.recipe is None} == spared
-    assert asked == [(n, m.in_features, m.out_features) for n, m in layers.items() if n not in spared]
 
 
 def test_split_qkv_reaches_c_attn_alone():
@@ -345,24 +297,16 @@ def test_split_qkv_reaches_c_attn_alone():
 
 @pytest.mark.parametrize("quant, message", [
     (dict(W, wblock=24), "--wblock=24 must divide in_features=32 of h.0.attn.c_attn; try 8"),
-    (dict(A, wblock=64), "--wblock=64 must divide in_features=32 of h.0.attn.c_attn"),
     (dict(G, ggemm="both", wblock=64), "--wblock=64 must divide out_features=96 of h.0.attn.c_attn"),
-    (dict(G, ggemm="grad_input", wblock=48), "--wblock=48 must divide out_features=32 of h.0.attn.c_proj"),
     (dict(G, ggemm="grad_input", wblock=96, skip_blocks=(0, 1), quant_head=True), "out_features=64 of lm_head"),
     *((dict(W8A8, skip_blocks=skip), f"--skip_blocks={skip[-1]} names no block") for skip in ((2,), (0, 12), (-3,))),
-    (dict(skip_blocks=(1,)), "--skip_blocks=.* has no effect while nothing is quantized"),
-    (dict(W, wblock=32), None), (dict(G, ggemm="both", wblock=32, quant_head=True), None),
-    (dict(G, wblock=24), None),  # along the tokens, of which a batch may have 24
-    (dict(W, wblock=24, skip_blocks=(0, 1)), None),  # no layer that it would apply to
-    (dict(G, ggemm="grad_input", wblock=96, skip_blocks=(0, 1)), None)], ids=str)  # V=64, but lm_head is not in
+    *((dict(skip_blocks=skip), f"--skip_blocks={skip[0]} has no effect without --wbits") for skip in ((1,), (-1,))),
+    (dict(G, wblock=24), None), (dict(W, wblock=24, skip_blocks=(0, 1)), None)], ids=str)  # the tokens; no layer
 def test_recipes_and_the_shape_of_the_model(quant, message):
     """A block of scales, or a block to skip, that the model does not have is an error by name; else 96 tokens train."""
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         gpt(quant)(tokens(6, 16), tokens(6, 16)).backward()
 
-
-# -----------------------------------------------------------------------------
-# training and sampling
 
 @pytest.mark.parametrize("quant, leaks", [
     ({}, False), (dict(abits=4), False), (dict(abits=4, agran="per_block", wblock=16), False),
@@ -383,22 +327,18 @@ def test_one_batch_overfits(quant, shape):
     model = gpt(quant, n_embd=64, **shape)
     losses = [loss for loss, _ in fit(model, [tokens(4, 17)] * 80, 5e-3)]
     assert abs(losses[0] - math.log(50)) < 0.1 and losses[-1] < 0.1
-    assert (model.wte.weight.grad[50:] == 0).all()
 
 
 @recipes
 def test_bfloat16_is_near_fp32(quant):
     """bf16 activations, fp32 parameters and gradients: loss within 1 %, gradients within 10 % of their norm."""
-    # FP8 20 %: bf16 moves numbers across the edges of e5m2, an eighth to a quarter of themselves apart: 14 % here
-    idx, t = tokens(4, 16), tokens(4, 16, seed=2)
+    idx, t, most = tokens(4, 16), tokens(4, 16, seed=2), 0.2 if "gfmt" in quant else 0.1  # e5m2's steps: to a quarter
     full, half = gpt(quant, wide=True), gpt(quant, wide=True, dtype=torch.bfloat16)
-    assert half(idx).dtype == torch.bfloat16 and half(idx, t).dtype == torch.float32
     a, b = full(idx, t), half(idx, t)
-    assert abs(a.item() / b.item() - 1) < 0.01 and a.item() != b.item()
+    assert half(idx).dtype == torch.bfloat16 and b.dtype == torch.float32 and 0 < abs(a.item() / b.item() - 1) < 0.01
     a, b = grads(full, a), grads(half, b)
     for name in a:
-        assert b[name].dtype == torch.float32
-        assert (a[name] - b[name]).norm() < (0.2 if "gfmt" in quant else 0.1) * a[name].norm() + 1e-6, name
+        assert b[name].dtype == torch.float32 and (a[name] - b[name]).norm() < most * a[name].norm() + 1e-6, name
 
 
 def test_compiled_equals_eager():
@@ -407,8 +347,7 @@ def test_compiled_equals_eager():
     early = Recipe(Quantizer(8, ROW), grad_weight_input=Quantizer(8, ROW), backward="early")
     recipes = {"h.0.mlp.c_proj": early, **{name: make_recipe(QuantConfig(**RECIPES[k])) for name, k in kinds.items()}}
     linear = quant_linears(QuantConfig(**HEAD), 1, lambda name, *_: recipes.get(name, make_recipe(QuantConfig(**HEAD))))
-    idx, t = tokens(2, 8), tokens(2, 8, seed=2)
-    model = gpt(n_layer=1, keep8="both", linear=linear)
+    idx, t, model = tokens(2, 8), tokens(2, 8, seed=2), gpt(n_layer=1, keep8="both", linear=linear)
     loss, compiled = model(idx, t), torch.compile(model, fullgraph=True, backend="aot_eager")(idx, t)
     torch.testing.assert_close(compiled, loss)
     expected, found = grads(model, loss), grads(model, compiled)
@@ -426,13 +365,12 @@ def test_keep8_in_the_model():
 
 def test_dropout_in_training_only(monkeypatch):
     """Dropout draws at all 1 + 3 L places in training; in eval the model is the one without, bitwise."""
-    model, idx = gpt(dropout=0.3), tokens(2, 16)
+    model, idx, seen, sdpa = gpt(dropout=0.3), tokens(2, 16), [], F.scaled_dot_product_attention
     assert not torch.equal(model(idx), model(idx))
     assert torch.equal(model.eval()(idx), gpt()(idx)) and torch.equal(gpt()(idx), gpt().eval()(idx))
-    seen, dropout, sdpa = [], F.dropout, F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "dropout", lambda x, p, training: seen.append(p * training) or dropout(x, p, training))
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: seen.append(p * training) or x)
     monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *a, dropout_p, **kw: seen.append(dropout_p) or sdpa(*a, dropout_p=dropout_p, **kw))
+                        lambda *a, dropout_p, **kw: seen.append(dropout_p) or sdpa(*a, **kw))
     model.train()(idx)
     assert seen == [0.3] * (1 + 3 * 2)  # the embedding; attention, its projection and the MLP of each block
 
@@ -444,7 +382,7 @@ def test_generate_is_a_function_of_its_seed():
     torch.manual_seed(2)
     assert torch.equal(a, model.generate(idx, 12, seed=7)) and not torch.equal(a, model.generate(idx, 12, seed=8))
     assert torch.equal(a, gpt(wide=True).generate(idx, 12, seed=7)) and model.training
-    assert a.shape == (2, 15) and torch.equal(a[:, :3], idx) and a.dtype == idx.dtype
+    assert a.shape == (2, 15) and torch.equal(a[:, :3], idx)
     assert torch.equal(model.generate(long, 20)[:, 40:], model.generate(long[:, -16:], 20)[:, 16:])  # a window slides
 
 

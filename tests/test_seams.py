@@ -20,8 +20,9 @@ from eval import shares_scales
 from model import GPT, GPTConfig, quant_linears
 from optim import OptimConfig, param_groups
 from quant import QuantConfig, Quantizer, Recipe
-from support.checkpoint import load_checkpoint, load_hf, model_from
+from support.checkpoint import load_checkpoint, model_from
 from support.config import own
+from support.huggingface import load_hf
 
 
 @dataclass
