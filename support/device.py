@@ -100,9 +100,9 @@ def explain_compile_errors() -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, since it costs two seconds
-        raise ValueError(f"torch.compile failed: {str(error).splitlines()[0][:150]}; if a run was killed "
-                         f"while compiling, a file of its cache is broken: delete {cache_dir()}, or use --compile=False"
-                         ) from error
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"torch.compile failed: {reason}; if a run was killed while it compiled, a file of its cache "
+                         f"is broken: delete {cache_dir()}, or use --compile=False") from error
 
 
 def keep_freed_memory() -> None:

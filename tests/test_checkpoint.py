@@ -233,3 +233,40 @@ def test_what_has_no_export(tmp_path, monkeypatch):
                            (head, "reparametrized lm_head"), (gpt(), "pip install safetensors")):
         with pytest.raises(ValueError, match=message):
             export_hf(model, tmp_path)
+
+
+def test_other_spellings_of_the_same_gpt2(tmp_path):
+    """Two files and their index, n_inner = 4 n_embd, gelu_pytorch_tanh, and 64 rows for 50 tokens are our GPT-2 too."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    export_hf(gpt(), tmp_path)
+    source, state = load_hf(tmp_path), safetensors.load_file(tmp_path / "model.safetensors")
+    names, files = sorted(state), ("a.safetensors", "b.safetensors")
+    for i, file in enumerate(files):
+        safetensors.save_file({name: state[name] for name in names[i::2]}, tmp_path / file)
+    index = {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"n_inner": 4 * config["n_embd"], "activation_function": "gelu_pytorch_tanh"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load_hf(tmp_path)
+    assert same(found, source)
+    padded = torch.cat((found["model"]["wte.weight"], torch.zeros(14, 32)))
+    model = gpt()
+    load_weights(model, {**found["model"], "wte.weight": padded}, "a file with padding rows")
+    assert torch.equal(model.wte.weight[:50], found["model"]["wte.weight"])
+
+
+def test_an_exported_tokenizer_is_gpt2s(tmp_path):
+    """merges.txt and vocab.json, remade from tiktoken's ranks: the released sizes, first and last merges, some ids."""
+    pytest.importorskip("safetensors")
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("GPT-2's vocabulary is not at hand: set TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps it")
+    files = export_hf(gpt(vocab=50257, n_layer=1), tmp_path, {"wbits": 8})
+    vocabulary, merges = json.loads((tmp_path / "vocab.json").read_text()), (tmp_path / "merges.txt").read_text()
+    assert len(vocabulary) == 50257 and sorted(vocabulary.values()) == list(range(50257)) and "vocab.json" in files
+    merges = merges.splitlines()
+    assert len(merges) == 50001 and merges[1:3] == ["\u0120 t", "\u0120 a"] and vocabulary["\u0120the"] == 262
+    assert all(vocabulary["".join(merge.split())] == 256 + i for i, merge in enumerate(merges[1:]))
+    assert json.loads((tmp_path / "config.json").read_text())["nanoqpt"] == {"wbits": 8}
+    assert "vocab.json" not in export_hf(gpt(), tmp_path / "bytes")
