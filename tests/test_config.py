@@ -1,11 +1,12 @@
 """Tests of config.py: what a command line means, and that a wrong one ends in one line and exit code 2."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from support.config import build, differences, flatten, one_line_errors, parse
+from support.config import build, differences, flatten, one_line_errors, own, parse, refuse_idle, refuse_unfit
 
 
 @dataclass
@@ -32,77 +33,65 @@ class Config:
     inner: Inner = field(default_factory=Inner)
 
 
+@dataclass
+class Heir(Config):
+    """A loop of its own."""
+    extra: float = 0.5  # of the heir
+    seed: int = 7  # seed of the heir
+
+
 PRESETS = {"short": {"max_iters": 10, "bits": 8}, "long": {"max_iters": 99}, "many": {"bits": 64}}
 
 
-def read(*argv, **options):
-    return parse(Config, list(argv), PRESETS, **options)
-
-
-def fails(capsys, *argv):
-    """Return the one line that parse prints before it exits with code 2; above it there is only the usage."""
-    with pytest.raises(SystemExit) as end:
-        read(*argv)
-    out, err = capsys.readouterr()
-    usage, line = err.strip().splitlines()
-    assert end.value.code == 2 and out == "" and usage.startswith("usage: python ")
-    return line
+def read(*argv, cls=Config, **options):
+    return parse(cls, list(argv), PRESETS, **options)
 
 
 def test_defaults_and_flags():
-    """No flag is the defaults; nested flags are flat; `--x=1` and `--x 1` are one."""
+    """No flag is the defaults; nested flags are flat; `--x=1` and `--x 1` are one; - is _ in a flag, not in a value."""
     assert read() == Config()
     assert read("--bits=8", "--max_iters", "5") == Config(max_iters=5, inner=Inner(bits=8))
+    assert read("--weight-decay=-0.5", "--skip-blocks=1") == Config(weight_decay=-0.5, inner=Inner(skip_blocks=(1,)))
 
 
-@pytest.mark.parametrize("flag, name, value", [
-    ("--weight_decay=0", "weight_decay", 0.0), ("--weight_decay=-1e-3", "weight_decay", -1e-3),
-    ("--compile", "compile", True), ("--compile=False", "compile", False), ("--compile=0", "compile", False),
-    ("--compile=true", "compile", True), ("--compile=1", "compile", True), ("--seed=7", "seed", 7),
-    ("--seed=None", "seed", None), ("--seed=auto", "seed", None), ("--skip_blocks=0,11", "skip_blocks", (0, 11)),
-    ("--skip_blocks=3", "skip_blocks", (3,)), ("--skip_blocks=", "skip_blocks", ()),
-    ("--gran=column", "gran", "column"), ("--dtype=half", "dtype", "half"), ("--dtype=auto", "dtype", None),
-])
-def test_types(flag, name, value):
+@pytest.mark.parametrize("name, values", [
+    ("weight_decay", {"=0": 0.0, "=-1e-3": -1e-3}), ("seed", {"=7": 7, "=None": None, "=auto": None}),
+    ("compile", {"": True, "=False": False, "=0": False, "=true": True, "=1": True}), ("gran", {"=column": "column"}),
+    ("skip_blocks", {"=0,11": (0, 11), "=3": (3,), "=": ()}), ("dtype", {"=half": "half", "=auto": None})])
+def test_types(name, values):
     """Every type of field reads its values, and gives that very type."""
-    got = flatten(read(flag))[name]
-    assert got == value and type(got) is type(value)
-
-
-def test_dash_equals_underscore():
-    """`--weight-decay` is `--weight_decay`; the dashes of values stay."""
-    assert read("--weight-decay=-0.5", "--skip-blocks=1") == read("--weight_decay=-0.5", "--skip_blocks=1")
-    assert read("--weight-decay=-0.5").weight_decay == -0.5
+    for text, value in values.items():
+        got = flatten(read(f"--{name}{text}"))[name]
+        assert got == value and type(got) is type(value)
 
 
 def test_presets_compose_from_left_to_right():
-    """Defaults, then each preset from the left, then flags, wherever they stand; the names are kept."""
+    """Defaults, then presets from the left, then flags, wherever they stand; only the result is checked."""
     assert read("--preset=short,long") == Config("short,long", 99, inner=Inner(bits=8))
     assert read("--preset=long,short") == Config("long,short", 10, inner=Inner(bits=8))
     assert read("--max_iters=1", "--preset=long,short", "--bits=4") == Config("long,short", 1, inner=Inner(bits=4))
+    assert read("--preset=many", "--bits=8").inner.bits == 8
 
 
-@pytest.mark.parametrize("argv, line", [
-    (["--max_iter=5"], "unknown argument --max_iter=5; did you mean --max_iters?"),  # an abbreviation is no flag
-    (["--max-itres=5"], "unknown argument --max_itres=5; did you mean --max_iters?"),
-    (["--comp"], "unknown argument --comp; did you mean --compile?"),
-    (["--zzz"], "unknown argument --zzz; see --help"),
-    (["stray"], "unknown argument stray; see --help"),
-    (["--preset=shrot"], "--preset=shrot: did you mean short?"),
-    (["--preset=long,zzz"], "--preset=zzz: no such preset; see --help"),
-    (["--bits=64"], "--bits=64 is too many; use at most 32"),
-    (["--preset=many"], "--bits=64 is too many; use at most 32"),
-    (["--bits=8.5"], "argument --bits: invalid int value: '8.5'"),
-    (["--bits"], "argument --bits: expected one argument"),
-    (["--compile=maybe"], "argument --compile: invalid value 'maybe': use True or False"),
-    (["--skip_blocks=1;2"], "argument --skip_blocks: invalid value '1;2': use integers with commas, as 0,11"),
-    (["--dtype=quarter"], "argument --dtype: invalid choice: 'quarter' (choose from half, full, auto)"),
-    (["--seed=x"], "argument --seed: invalid int value: 'x'"),
-    (["--gran=diagonal"], "argument --gran: invalid choice: 'diagonal' (choose from"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, line):
+@pytest.mark.parametrize("flag, line", [
+    ("--max_iter=5", "unknown argument --max_iter=5; did you mean --max_iters?"),  # an abbreviation is no flag
+    ("--max-itres=5", "unknown argument --max_itres=5; did you mean --max_iters?"),
+    ("--comp", "unknown argument --comp; did you mean --compile?"), ("--zzz", "unknown argument --zzz; see --help"),
+    ("stray", "unknown argument stray; see --help"), ("--preset=shrot", "--preset=shrot: did you mean short?"),
+    ("--bits=64", "--bits=64 is too many; use at most 32"), ("--preset=many", "--bits=64 is too many; use at most 32"),
+    ("--bits=8.5", "argument --bits: invalid int value: '8.5'"), ("--bits", "argument --bits: expected one argument"),
+    ("--seed=x", "argument --seed: invalid int value: 'x'"), ("--preset=long,zzz", "--preset=zzz: no such preset;"),
+    ("--compile=maybe", "argument --compile: invalid value 'maybe': use True or False"),
+    ("--skip_blocks=1;2", "argument --skip_blocks: invalid value '1;2': use integers with commas, as 0,11"),
+    ("--dtype=quarter", "argument --dtype: invalid choice: 'quarter' (choose from half, full, auto)"),
+    ("--gran=diagonal", "argument --gran: invalid choice: 'diagonal' (choose from")])
+def test_bad_input_is_one_line_and_exit_code_2(capsys, flag, line):
     """Whatever is wrong, a __post_init__'s ValueError included: usage, one line that says what, exit code 2."""
-    assert f"error: {line}" in fails(capsys, *argv)
+    with pytest.raises(SystemExit) as end:
+        read(flag)
+    out, err = capsys.readouterr()
+    usage, last = err.strip().splitlines()
+    assert end.value.code == 2 and out == "" and usage.startswith("usage: python ") and f"error: {line}" in last
 
 
 def test_base_stands_in_for_the_defaults():
@@ -115,27 +104,32 @@ def test_base_stands_in_for_the_defaults():
     assert read("--seed=2", base=lambda given: {"bits": 4, "seed": 1}) == Config(seed=2, inner=Inner(bits=4))
 
 
-def test_a_bad_value_overridden_by_a_flag_is_no_error():
-    """Only the final values are checked: a flag repairs what a preset would break."""
-    assert read("--preset=many", "--bits=8").inner.bits == 8
-
-
-def test_build_and_flatten_are_inverse():
-    """flatten gives plain flat values, build takes them back; an unknown name is a ValueError that names it."""
+def test_build_flatten_differences():
+    """flatten gives plain flat values, differences those changed; build takes both back; an unknown name is refused."""
     config = read("--bits=4", "--gran=column", "--seed=3", "--skip_blocks=1,2", "--preset=long")
     assert flatten(config) == {"preset": "long", "max_iters": 99, "weight_decay": 0.1, "compile": True, "seed": 3,
                                "dtype": None, "bits": 4, "gran": "column", "skip_blocks": (1, 2)}
-    assert build(Config, flatten(config)) == config
-    assert build(Config, {"bits": 4}) == Config(inner=Inner(bits=4))
+    assert build(Config, flatten(config)) == build(Config, differences(config)) == config
+    assert own(Inner, flatten(config)) == config.inner and own(Inner, {"seed": 3}) == Inner()
+    assert differences(read("--bits=4", "--max_iters=1000", "--compile=False")) == {"bits": 4, "compile": False}
+    assert differences(Config()) == {} and build(Config, {"bits": 4}) == Config(inner=Inner(bits=4))
     with pytest.raises(ValueError, match="unknown option 'bitz' for Config"):
         build(Config, {"bitz": 4})
 
 
-def test_differences():
-    """differences is what a flag or preset changed, and building from it gives the config again."""
-    config = read("--bits=4", "--max_iters=1000", "--compile=False")
-    assert differences(config) == {"bits": 4, "compile": False} and differences(Config()) == {}
-    assert build(Config, differences(config)) == config
+@pytest.mark.parametrize("check, bits, gran, refused", [
+    ("idle", 32, "row", ""), ("idle", 8, "column", ""), ("unfit", 8, "column", ""), ("unfit", 4, "row", ""),
+    ("idle", 32, "column", "--gran=column has no effect without --bits below 32; drop it or add that"),
+    ("unfit", 8, "row", "--gran=row does not fit --bits=8: why; use --gran=column, or another --bits"),
+    ("unfit", 4, "column", "--gran=column does not fit --bits=4: why; use --gran=row or None, or another --bits")])
+def test_refuse(check, bits, gran, refused):
+    """A flag without effect, or that does not go with another, is named with its remedy; none at its default or fit."""
+    config = Inner(bits, gran)
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        if check == "idle":
+            refuse_idle(config, gran=(bits < 32, "without --bits below 32"), skip_blocks=(False, "ever"))
+        else:
+            refuse_unfit(config, "bits", "why", skip_blocks=((),), gran=("column",) if bits == 8 else ("row", None))
 
 
 def test_a_flag_has_one_owner():
@@ -148,20 +142,21 @@ def test_a_flag_has_one_owner():
         parse(Twice, [])
 
 
-def test_help_lists_every_flag_with_its_comment(capsys):
-    """--help exits with 0 and shows the doc, the files, every flag, its comment and default, and the presets."""
+@pytest.mark.parametrize("cls, seed", [(Config, "--seed INT seed of everything ["), (
+    Heir, "test_config.py: A loop of its own: --seed INT seed of the heir [7] --extra FLOAT of the heir [0.5]")])
+def test_help_lists_every_flag_with_its_comment(capsys, cls, seed):
+    """--help shows the doc, and each flag once: under the last class that declares it, with comment and default."""
     with pytest.raises(SystemExit) as end:
-        read("--help", doc="What this program does.")
+        read("--help", cls=cls, doc="What this program does.")
     text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and "What this program does." in text
-    assert "test_config.py: The loop" in text and "test_config.py: How things are rounded" in text
-    for flag in ("--preset STR names of presets []; one or several of: short, long, many",
-                 "--max_iters INT steps [1000]", "--weight_decay FLOAT 100% of nothing [0.1]",
-                 "--compile [BOOL] compile first [True]", "--seed INT seed of everything [",
-                 "--bits INT bits of the weights [32]", "--gran {row|column} what shares a scale [row]",
-                 "--skip_blocks I,J blocks left alone [()]"):
-        assert flag in text
-    assert "--inner" not in text
+    assert end.value.code == 0 and "What this program does." in text and "--inner" not in text
+    for flag in (seed, "--max_iters INT steps [1000]", "--weight_decay FLOAT 100% of nothing [0.1]",
+                 "test_config.py: The loop: --preset STR names of presets []; one or several of: short, long, many",
+                 "test_config.py: How things are rounded: --bits INT bits of the weights [32]", " --seed INT ",
+                 "--gran {row|column} what shares a scale [row]", "--skip_blocks I,J blocks left alone [()]",
+                 "--compile [BOOL] compile first [True]"):
+        assert text.count(flag) == 1
+    assert read("--bits=4", "--max_iters=1", cls=cls) == cls(max_iters=1, inner=Inner(bits=4))
 
 
 @pytest.mark.parametrize("error", [ValueError("bad value"), FileNotFoundError(2, "no such file", "x")])
