@@ -1,18 +1,16 @@
 """What a trained model is worth: validation loss, bits per byte, and a sample of text.
 
-Validation loss has one definition in this repository, and train.py uses this one: the validation split is cut into
-fixed, non-overlapping windows of block_size tokens; the loss is the mean over all their tokens, in nats. The number
-is the same, to rounding, at any batch size, on any device and at any number of processes. It runs the
-uncompiled model, so that what train.py logged and what this file prints are one number.
+Validation loss has one definition, for train.py too: the validation split is cut into fixed, non-overlapping windows of
+block_size tokens; the loss is the mean over all their tokens, in nats. It is the same, to rounding, at any batch size,
+on any device and at any number of processes, and the uncompiled model computes it here and in train.py. Bits per byte
+is the loss divided by ln 2 and by the bytes a token stands for: with it, tokenizers compare.
 
     python eval.py --ckpt=out                       # as trained
     python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
     python eval.py --ckpt=out --export=out/hf       # no evaluation: for transformers' GPT2LMHeadModel.from_pretrained
-
-Bits per byte is the loss divided by ln 2 and by the bytes a token stands for: with it, tokenizers compare.
 """
 
-import support.early  # noqa: F401  isort: skip (first: refuse a bad command line before torch is imported)
+import support.early  # noqa: F401  isort: skip (first: refuses bad flags before torch is imported)
 
 import math
 import sys
@@ -38,7 +36,7 @@ from support.huggingface import export_hf
 class EvalConfig:
     """Evaluate a checkpoint."""
     ckpt: str = "out"  # a checkpoint, or the out_dir of a run
-    quantizers: Literal["trained", "off"] = "trained"  # evaluate with the quantizers of training, or without any
+    quantizers: Literal["trained", "off"] = "trained"  # those of training, or none
     dataset: str | None = None  # the data to evaluate on; auto: the run's own
     data_dir: str | None = None  # where the shards lie; auto: where the run found them
     eval_tokens: int | None = None  # validation tokens used, 0: all; auto: as in training
@@ -50,14 +48,14 @@ class EvalConfig:
     temperature: float = 0.8  # of the sample; 0: always the likeliest token
     top_k: int = 50  # the sample draws from so many of the likeliest tokens; 0: from all
     seed: int = 0  # of the sample
-    export: str = ""  # write the weights to this folder in Hugging Face's GPT-2 layout, and do nothing else
+    export: str = ""  # only write the weights to this folder, in Hugging Face's GPT-2 layout
 
     def __post_init__(self):
-        for name in ("eval_tokens", "sample_tokens", "seed", "temperature", "top_k"):
-            if not 0 <= (getattr(self, name) or 0) < 2**53:
-                raise ValueError(f"--{name}={getattr(self, name)} must be at least 0, and finite")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size={self.batch_size} must be at least 1")
+        for name in ("batch_size", "eval_tokens", "sample_tokens", "seed", "temperature", "top_k"):
+            low = int(name == "batch_size")
+            if not low <= (getattr(self, name) or 0) < 2**53:  # None: auto
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least {low}, and finite")
+        # flags that would be ignored: of a sample that is not drawn, or next to --export
         refuse_idle(self, **{name: (self.sample_tokens > 0, "without --sample_tokens above 0")
                              for name in ("prompt", "temperature", "top_k")})
         refuse_idle(self, **{f.name: (not self.export, "with --export") for f in fields(self)
@@ -68,49 +66,38 @@ class EvalConfig:
 # validation loss
 
 def val_windows(tokens: np.ndarray, block_size: int, eval_tokens: int = 0) -> np.ndarray:
-    """Return the fixed windows, (n, block_size + 1) int64: inputs and, one later, targets.
-
-    Args: tokens (len,) uint16; eval_tokens: use about this many, in windows spread evenly over the split; 0: all.
-    Raises: ValueError if the split is shorter than one window.
-    """
+    """Return the windows of tokens (len,) uint16, (n, block_size + 1) int64: about eval_tokens in all, 0: every one."""
     count = (len(tokens) - 1) // block_size
     if count < 1:
-        raise ValueError(f"the validation split has {len(tokens)} tokens, and one window needs {block_size + 1}; "
-                         f"use a smaller --block_size or more data")
-    chosen = np.arange(count)
-    if eval_tokens:
-        wanted = min(count, max(1, eval_tokens // block_size))
-        chosen = np.arange(wanted) * count // wanted
-    return np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in chosen]).astype(np.int64)
+        raise ValueError(f"the validation split has {len(tokens)} tokens, and one window needs "
+                         f"{block_size + 1}; use a smaller --block_size or more data")
+    wanted = min(count, max(1, eval_tokens // block_size)) if eval_tokens else count
+    starts = np.arange(wanted) * count // wanted * block_size  # (n,) evenly spread
+    return np.stack([tokens[i:i + block_size + 1] for i in starts]).astype(np.int64)
 
 
 def shares_scales(model: GPT) -> bool:
-    """Tell whether a quantizer gives several tokens one scale; a token's value then depends on its batch.
-
-    Scales of a Quantizer belong to tiles; of a foreign one that has none we know nothing, and take it for the worst.
-    """
-    inputs = (m.recipe.output_input for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
+    """Tell whether tokens share a scale, so that their values depend on the batch; without tiles: perhaps, so yes."""
+    layers = (m for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
+    inputs = (layer.recipe.output_input for layer in layers)
     return any(q is not None and getattr(q, "tile", (None, None))[0] != 1 for q in inputs)
 
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: np.ndarray, batch_size: int) -> float:
-    """Return the mean loss over the windows, nats per token; under torch.distributed every rank gets the same number.
-
-    Args: windows (n, T+1) from `val_windows`; batch_size: sequences at a time.
-    """
+    """Return the mean loss over the windows (n, T+1), nats per token; under torch.distributed, of all ranks' shares."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = model.wte.weight.device
-    batch_size = 1 if shares_scales(model) else batch_size  # else the loss would depend on the batch size
+    batch_size = 1 if shares_scales(model) else batch_size  # or the loss would depend on it
     was_training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)  # of the windows' mean losses
-    mine = windows[rank::world]
+    model.eval()  # no dropout
+    total = torch.zeros((), dtype=torch.float64)  # sum of the windows' mean losses
+    mine = windows[rank::world]  # every world-th one
     for batch in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
         batch = torch.from_numpy(batch).to(device)  # (b, T+1)
         total += model(batch[:, :-1], batch[:, 1:]).double().cpu() * len(batch)
     model.train(was_training)
-    if world > 1:
+    if world > 1:  # one number for all ranks
         total = total.to(device)
         dist.all_reduce(total)
     return total.item() / len(windows)
@@ -123,7 +110,7 @@ def bits_per_byte(loss: float, split: dict) -> float:
 
 def unigram_entropy(tokens: np.ndarray) -> float:
     """Return the entropy of the token frequencies, nats: the loss of a model that knows these and nothing else."""
-    p = np.bincount(tokens) / len(tokens)
+    p = np.bincount(tokens) / len(tokens)  # (V,) probabilities
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 
@@ -134,13 +121,10 @@ def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 
            temperature: float = 0.8, top_k: int = 50) -> str:
     """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
     tokenizer = get_tokenizer(tokenizer_name)
-    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
-    was_training = model.training
-    model.eval()
-    idx = torch.tensor([ids], device=model.wte.weight.device)
+    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)  # what begins a document
+    idx = torch.tensor([ids], device=model.wte.weight.device)  # (1, T)
     out = model.generate(idx, new_tokens, temperature, top_k, seed)[0].tolist()
-    model.train(was_training)
-    return tokenizer.decode(out[1:])
+    return tokenizer.decode(out[1:])  # without the end-of-text token
 
 
 def show(text: str) -> None:
@@ -153,32 +137,37 @@ def main() -> None:
     """Print validation loss and a sample of a checkpoint, or export it."""
     config = parse(EvalConfig, doc=__doc__)
     with one_line_errors():
+        # (1) the checkpoint, perhaps only to be exported
         checkpoint = load_checkpoint(Path(config.ckpt))
-        flat = checkpoint["config"]
+        flat = checkpoint["config"]  # {flag: value} of the training run
         if config.export:
             files = export_hf(model_from(checkpoint, extensions.linears(flat)), Path(config.export), flat)
-            tokenizer = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
-            return print(f"wrote {config.export}: {', '.join(files)}{tokenizer}")
-        device = choose_device(config.device)
-        _, val, meta = open_dataset(DataConfig(config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]))
+            note = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
+            return print(f"wrote {config.export}: {', '.join(files)}{note}")
+        # (2) the data it was trained on, or others of the same vocabulary
+        device, trained = choose_device(config.device), config.quantizers == "trained"
+        dataset, data_dir = config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]
+        _, val, meta = open_dataset(DataConfig(dataset, data_dir))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
-            raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint {checkpoint['vocab_size']}; "
-                             f"choose the --dataset it was trained on ({flat['dataset']})")
-        # Without quantizers: every flag of a recipe and of an extension at its default.
-        linear = extensions.linears(flat if config.quantizers == "trained" else {"n_layer": flat["n_layer"]})
+            raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint "
+                             f"{checkpoint['vocab_size']}; choose the --dataset it was trained on ({flat['dataset']})")
+        # (3) the model; without quantizers, all flags of recipes and extensions are at their defaults
+        linear = extensions.linears(flat if trained else {"n_layer": flat["n_layer"]})
         model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"])).to(device)
-        if config.quantizers == "trained":
+        if trained:
             extensions.at_step(flat, model, checkpoint["step"])
+        # (4) what it is worth
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)
         loss = evaluate(model, windows, config.batch_size)
+        bpb, tokens = bits_per_byte(loss, meta["val"]), windows.size - len(windows)
         print(f"{config.ckpt} at step {checkpoint['step']}, quantizers {config.quantizers}, {model.dtype}, {device}")
-        print(f"val_loss {loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte "
-              f"({windows.size - len(windows):,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
+        print(f"val_loss {loss:.4f} nats per token, {bpb:.4f} bits per byte "
+              f"({tokens:,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
         if config.sample_tokens:
             print("-" * 80)
-            show(sample(model, meta["tokenizer"], config.prompt, config.sample_tokens, config.seed, config.temperature,
-                        config.top_k))
+            show(sample(model, meta["tokenizer"], config.prompt, config.sample_tokens, config.seed,
+                        config.temperature, config.top_k))
 
 
 if __name__ == "__main__":

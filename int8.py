@@ -33,22 +33,22 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
     """
     if not (isinstance(a, Quantized) and isinstance(b, Quantized)):
         return gemm(a, b, dtype)
-    assert a.scale.shape[2] == b.scale.shape[2] == 1 and a.zero_point is None and b.zero_point is None, \
-        "QuantConfig refuses scales along the contraction and zero points under --gemm=int8"
-    rows, x = a.codes.shape[0], a.codes
-    if x.shape[1] * 127**2 >= 2**31:
-        raise ValueError(f"--gemm=int8 sums {x.shape[1]} products, more than int32 holds (133,144); use a smaller "
-                         "--batch_size")
+    assert a.scale.shape[2] == b.scale.shape[2] == 1 and a.zero_point is b.zero_point is None, \
+        "QuantConfig refuses what does not factor out: scales along the contraction, zero points"
+    (rows, length), x = a.codes.shape, a.codes  # R, L
+    if length * 127**2 >= 2**31:
+        raise ValueError(f"--gemm=int8 sums {length} products, more than int32 holds (133,144); "
+                         "use a smaller --batch_size")
     if x.is_cuda:  # cuBLAS: more than 16 rows, the other two sizes multiples of 8
-        if x.shape[1] % 8 or b.codes.shape[0] % 8:
-            raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, and got a GEMM of {rows} x "
-                             f"{x.shape[1]} x {b.codes.shape[0]}; change --n_embd, --batch_size or use --gemm=simulate")
-        x = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous()
+        if length % 8 or b.codes.shape[0] % 8:
+            raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, not {rows} x "
+                             f"{length} x {b.codes.shape[0]}; change --n_embd, --batch_size or use --gemm=simulate")
+        x = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous()  # at least 17 rows
     w = b.codes.T  # views where possible: a contiguous copy of g.T or x.T costs more than its GEMM
-    if 1 in (*x.shape, *w.shape):  # torch 2.13 on a CPU reads a transposed view with an axis of 1 wrongly
+    if 1 in (*x.shape, *w.shape):  # torch 2.13's CPU misreads a transposed view with an axis of 1
         x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
     y = torch._int_mm(x, w)[:rows]  # (R, S) int32
-    return (y.float() * row_scale(a) * row_scale(b).T).to(dtype)
+    return (y.float() * row_scale(a) * row_scale(b).T).to(dtype)  # (R, S) * (R, 1) * (1, S)
 
 
 # -----------------------------------------------------------------------------
@@ -57,16 +57,16 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
 class _Keep8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, f, block):
-        q = Quantizer(8, (1, block)).quantize(x.flatten(0, -2))
+        q = Quantizer(8, (1, block)).quantize(x.flatten(0, -2))  # (M, C)
         ctx.f, ctx.shape, ctx.dtype = f, x.shape, x.dtype
         ctx.save_for_backward(q.codes, q.scale)
-        return f(x)
+        return f(x)  # of the exact x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         codes, scale = ctx.saved_tensors
-        x = restore(Quantized(codes, scale, None)).view(ctx.shape).to(ctx.dtype)
+        x = restore(Quantized(codes, scale, None)).view(ctx.shape).to(ctx.dtype)  # (..., C) rounded
         return torch.func.vjp(ctx.f, x)[1](g)[0], None, None
 
 

@@ -2,11 +2,8 @@
 
 The model takes its linear layer as an argument: `linear(name, in_features, out_features, bias)` is called for the four
 linears of each block and for lm_head, and returns any module of that shape. `quant_linears(config, n_layer)` makes the
-quantized ones; lm_head shares its weight with the embedding under every recipe.
-
-Parameters are fp32; activations run in `model.dtype`, and each layer casts its own parameters. No autocast: a custom
-autograd function should see the dtypes that are written down.
-
+quantized ones; lm_head shares its weight with the embedding under every recipe. Parameters are fp32; activations run in
+`model.dtype`, and each layer casts its own parameters: no autocast, so that dtypes are those that are written down.
 Sources: Radford et al. 2019 (GPT-2); the layout and the initialisation follow the released model, and nanoGPT.
 Legend: B batch, T time, C channels (n_embd), V vocabulary (padded), M = B T tokens.
 """
@@ -23,19 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8 import int8_gemm, keep8
-from quant import (
-    Operand,
-    QuantConfig,
-    Quantized,
-    QuantLinear,
-    Recipe,
-    gemm,
-    linear_backward,
-    make_recipe,
-    round_operand,
-)
+from quant import QuantConfig, Quantized, QuantLinear, Recipe, gemm, linear_backward, make_recipe, round_operand
 
-MAX_LOGITS = 2**27  # elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks
+# Elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks.
+MAX_LOGITS = 2**27
+Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_features, bias) ->
 
 
 @dataclass
@@ -47,10 +36,10 @@ class GPTConfig:
     block_size: int = 1024  # context length in tokens
     dropout: float = 0.0  # on embeddings, attention and residuals; the paper has 0.1
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2
-    stable_embedding: bool = False  # 2110.02861: Xavier-uniform token embedding and a LayerNorm behind it
-    keep8: Literal["none", "gelu", "attn", "both"] = "none"  # what keeps its inputs for backward in 8 bits
-    heads: tuple[int, ...] = ()  # attention heads of each block, of a pruned model; empty: n_head everywhere
-    hidden: tuple[int, ...] = ()  # hidden units of each block's MLP, of a pruned model; empty: 4 n_embd everywhere
+    stable_embedding: bool = False  # 2110.02861: Xavier-uniform embedding and a LayerNorm behind it
+    keep8: Literal["none", "gelu", "attn", "both"] = "none"  # keeps inputs for backward in 8 bits
+    heads: tuple[int, ...] = ()  # attention heads of each block, if pruned; empty: n_head each
+    hidden: tuple[int, ...] = ()  # hidden units of each MLP, if pruned; empty: 4 n_embd each
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -61,13 +50,13 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout} must lie in [0, 1)")
         if self.dropout and self.keep8 in ("attn", "both"):
-            raise ValueError(f"--keep8={self.keep8} runs attention again in backward, where dropout would draw other "
-                             "numbers; use --dropout=0 or --keep8=gelu")
+            raise ValueError(f"--keep8={self.keep8} runs attention again in backward, where "
+                             "dropout draws other numbers; use --dropout=0 or --keep8=gelu")
         for name, most in (("heads", self.n_head), ("hidden", 4 * self.n_embd)):
-            widths = getattr(self, name)
-            if widths and (len(widths) != self.n_layer or not 1 <= min(widths) <= max(widths) <= most):
-                raise ValueError(f"--{name}={','.join(map(str, widths))} must be {self.n_layer} numbers (n_layer) from "
-                                 f"1 to {most}, or empty")
+            n = getattr(self, name)
+            if n and (len(n) != self.n_layer or not 1 <= min(n) <= max(n) <= most):
+                raise ValueError(f"--{name}={','.join(map(str, n))} must be {self.n_layer} numbers "
+                                 f"(n_layer) from 1 to {most}, or empty")
 
     def widths(self, block: int) -> tuple[int, int]:
         """Return (attention heads, hidden units) of a block. A head keeps its size, n_embd / n_head, when others go."""
@@ -75,21 +64,12 @@ class GPTConfig:
                 self.hidden[block] if self.hidden else 4 * self.n_embd)
 
 
-Linear = Callable[[str, int, int, bool], nn.Module]  # (name, in_features, out_features, bias) -> layer
-
-
 def layer_recipe(config: QuantConfig, name: str, in_features: int, out_features: int) -> Recipe | None:
-    """Return the recipe of the linear layer `name`.
-
-    Raises: ValueError if --wblock does not divide its sizes, or --skip_blocks spares blocks where nothing is quantized.
-    """
-    if config.skip_blocks and min(config.wbits, config.abits, config.gbits) == 32:
-        raise ValueError(f"--skip_blocks={','.join(map(str, config.skip_blocks))} has no effect without --wbits, "
-                         "--abits or --gbits below 32; drop it or add that")
-    grad_input = config.ggran == "per_block" and config.ggemm != "grad_weight"
-    for size, what, contracted in ((in_features, "in_features", "per_block" in (config.wgran, config.agran)),
-                                   (out_features, "out_features", grad_input)):
-        if contracted and size % config.wblock:
+    """Return the recipe of the linear layer `name`. ValueError if --wblock does not divide its sizes."""
+    in_blocks = "per_block" in (config.wgran, config.agran)
+    out_blocks = config.ggran == "per_block" and config.ggemm != "grad_weight"  # dx contracts N
+    for size, what, blocks in ((in_features, "in_features", in_blocks), (out_features, "out_features", out_blocks)):
+        if blocks and size % config.wblock:
             raise ValueError(f"--wblock={config.wblock} must divide {what}={size} of {name}; "
                              f"try {math.gcd(size, config.wblock)}")
     recipe = make_recipe(config, out_features // 3 if config.split_qkv and name.endswith("c_attn") else None)
@@ -101,25 +81,30 @@ def quant_linears(config: QuantConfig, n_layer: int,
     """Return the factory of a GPT's linear layers: QuantLinear, each with the recipe that its place asks for.
 
     Args: recipe_for: (name, in_features, out_features) -> recipe, where an extension has one of its own.
-    Raises: ValueError for --skip_blocks that names no block.
+    Raises: ValueError for --skip_blocks that names no block, or (from the factory) where nothing is quantized.
     """
     for i in config.skip_blocks:
         if not -n_layer <= i < n_layer:
-            raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are 0 to {n_layer - 1}, "
-                             f"and -1 to {-n_layer} from the end")
+            raise ValueError(f"--skip_blocks={i} names no block; with --n_layer={n_layer} they are "
+                             f"0 to {n_layer - 1}, and -1 to {-n_layer} from the end")
+    skipped = ",".join(map(str, config.skip_blocks))
+    idle = skipped and not recipe_for and min(config.wbits, config.abits, config.gbits) == 32
     recipe_for = recipe_for or partial(layer_recipe, config)
     spared = tuple(f"h.{i % n_layer}." for i in config.skip_blocks) + (() if config.quant_head else ("lm_head",))
 
     def linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if idle:  # not any earlier: an extension may replace this factory by one of its own
+            raise ValueError(f"--skip_blocks={skipped} has no effect without --wbits, --abits or "
+                             "--gbits below 32; drop it or add that")
         recipe = None if name.startswith(spared) else recipe_for(name, in_features, out_features)
         return QuantLinear(in_features, out_features, bias, recipe)
     return linear
 
 
 # -----------------------------------------------------------------------------
-# loss: the head and the cross-entropy as one function, so that the full fp32 logits never exist at once
+# loss: lm_head and cross-entropy in one function, so that the fp32 logits never exist all at once
 
-def _rows(q: Operand, start: int, stop: int) -> Operand:
+def _rows(q: Tensor | tuple, start: int, stop: int) -> Tensor | Quantized:
     """Take rows of a (quantized) matrix whose scales are per row or shared by all rows."""
     if not isinstance(q, (Tensor, Quantized)):
         q = q.unpack()
@@ -130,42 +115,45 @@ def _rows(q: Operand, start: int, stop: int) -> Operand:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    # Forward has the softmax of each chunk at hand, so it computes the gradients right there, with the loss: keeping
-    # or recomputing the logits for backward would cost (M, V) numbers or one more GEMM. Seen in Liger Kernel.
+    # Forward has the softmax of each chunk at hand and computes the gradients right there: keeping
+    # the logits for backward costs (M, V) numbers, recomputing them a GEMM. Seen in Liger Kernel.
     @staticmethod
     def forward(ctx, x, w, targets, vocab_size, recipe, needs_grad):
+        # (1) operands x (M, C) and w (V, C), rounded once for all chunks
         recipe = recipe or Recipe()
         qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
         kx, kw = (qx, qw) if recipe.backward == "ste" else (x, w)  # what the backward GEMMs use
+        tokens = torch.arange(len(w), device=w.device)  # (V,)
         valid = targets >= 0  # (M,)
-        scale = 1.0 / valid.sum().clamp_min(1)
-        padding = torch.arange(len(w), device=w.device) >= vocab_size  # (V,) columns that are no token
-        loss, dxs, dw = torch.zeros((), device=x.device), [], None
+        scale = 1.0 / valid.sum().clamp_min(1)  # of a mean over the valid targets
+        # (2) chunks of m tokens, whole blocks where the gradient shares scales along the tokens
+        block = getattr(recipe.grad_weight_grad_output, "tile", (None, None))[1] or 1
+        block = math.lcm(block, 8) if recipe.engine else block  # a GPU's int8 GEMM: multiples of 8
         chunks = math.ceil(x.shape[0] * w.shape[0] / MAX_LOGITS)
-        size = math.ceil(x.shape[0] / chunks)
-        blocks = getattr(recipe.grad_weight_grad_output, "tile", (None, None))[1] or 1  # along the tokens
-        blocks = math.lcm(blocks, 8) if recipe.engine else blocks  # a GPU's integer GEMM takes multiples of 8
-        size = max(size // blocks, 1) * blocks  # whole blocks in every chunk
+        size = max(math.ceil(x.shape[0] / chunks) // block, 1) * block
+        loss, dxs, dw = torch.zeros((), device=x.device), [], None
         for start in range(0, x.shape[0], size):
             stop = min(start + size, x.shape[0])
             t, v = targets[start:stop].clamp_min(0), valid[start:stop]  # (m,)
-            logits = (recipe.engine or gemm)(_rows(qx, start, stop), qw, x.dtype)
-            logits = logits.float().masked_fill(padding, -math.inf)  # (m, V) fp32
+            # (3) loss of a chunk: logsumexp minus the target's logit
+            logits = (recipe.engine or gemm)(_rows(qx, start, stop), qw, x.dtype)  # (m, V)
+            logits = logits.float().masked_fill(tokens >= vocab_size, -math.inf)  # fp32; no padding
             lse = logits.logsumexp(1)  # (m,)
             loss = loss + ((lse - logits.gather(1, t[:, None])[:, 0]) * v).sum()
+            # (4) its gradients: dloss/dlogits = softmax - one_hot, then the two GEMMs of backward
             if needs_grad:
-                one_hot = torch.arange(len(w), device=w.device) == t[:, None]  # (m, V), never stored when compiled
+                one_hot = tokens == t[:, None]  # (m, V), never stored when compiled
                 g = ((logits - lse[:, None]).exp() - one_hot.float()) * (v * scale)[:, None]
-                dx, dw_part = linear_backward(g.to(x.dtype), _rows(kx, start, stop), kw, recipe)
-                dxs.append(dx)
-                dw = dw_part.float() if dw is None else dw + dw_part.float()  # (V, C) fp32
+                dx, part = linear_backward(g.to(x.dtype), _rows(kx, start, stop), kw, recipe)
+                dxs.append(dx)  # (m, C)
+                dw = part.float() if dw is None else dw + part.float()  # (V, C), summed in fp32
         if needs_grad:
             ctx.save_for_backward(torch.cat(dxs), dw.to(w.dtype))
         return loss * scale
 
     @staticmethod
     def backward(ctx, g):
-        dx, dw = ctx.saved_tensors
+        dx, dw = ctx.saved_tensors  # of the mean loss: all that is left is the chain rule
         return dx * g, dw * g, None, None, None, None
 
 
@@ -175,8 +163,7 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
 
     Args:
         x: (M, C) in the compute dtype.  w: (V, C), fp32; rows from vocab_size on are padding and get no probability.
-        targets: (M,) int64; negative ones are left out of the mean.
-        recipe: rounds the head's operands (`--quant_head`); what a gradient quantizer sees is one chunk of tokens.
+        targets: (M,) int64, negative ones ignored.  recipe: rounds the head's operands, the gradient chunk by chunk.
     """
     return _LinearCrossEntropy.apply(x, w, targets, vocab_size, recipe, torch.is_grad_enabled())
 
@@ -186,7 +173,6 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
 
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm with fp32 parameters on activations of any dtype."""
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x (..., C)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -195,7 +181,6 @@ class LayerNorm(nn.LayerNorm):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; the scores are not quantized."""
-
     def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
         self.dropout, self.keep8 = config.dropout, config.keep8 in ("attn", "both")
@@ -213,10 +198,11 @@ class CausalSelfAttention(nn.Module):
     def mix(self, qkv: Tensor) -> Tensor:
         """Attend: q, k and v side by side (B, T, 3 width) -> (B, T, width)."""
         B, T, width = *qkv.shape[:2], qkv.shape[2] // 3
-        q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, heads, T, head size)
-                   for t in qkv.split(width, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, T, width)
+        q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2)
+                   for t in qkv.split(width, dim=2))  # (B, heads, T, head size) each
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -226,7 +212,6 @@ def gelu(x: Tensor) -> Tensor:
 
 class MLP(nn.Module):
     """Two linears around a GELU."""
-
     def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
         self.dropout, self.keep8 = config.dropout, config.keep8 in ("gelu", "both")
@@ -237,12 +222,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) token by token."""
         x = self.c_fc(x)  # (B, T, hidden)
-        return F.dropout(self.c_proj(keep8(gelu, x) if self.keep8 else gelu(x)), self.dropout, self.training)
+        x = keep8(gelu, x) if self.keep8 else gelu(x)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
-
     def __init__(self, config: GPTConfig, linear: Linear, block: int):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
@@ -261,32 +246,31 @@ class GPT(nn.Module):
 
     Args:
         config: the shape.  vocab_size: number of tokens; the matrix is padded to a multiple of 64 rows.
-        linear: makes the linear layers; `quant_linears(QuantConfig(...), n_layer)`.
-        dtype: of the activations, torch.float32 or torch.bfloat16.
+        linear: makes the linear layers, see quant_linears.  dtype: of the activations, float32 or bfloat16.
     """
-
     def __init__(self, config: GPTConfig, vocab_size: int, linear: Linear, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.vocab_size, self.dtype = config, vocab_size, dtype
+        # embeddings: tokens and positions
         padded = math.ceil(vocab_size / 64) * 64  # GEMMs like multiples of 64: 50257 -> 50304
-        self.wte = nn.Embedding(padded, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(padded, config.n_embd)  # (V, C)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # (T, C)
         self.ln_e = LayerNorm(config.n_embd, bias=config.bias) if config.stable_embedding else nn.Identity()
+        # the residual stream runs through the blocks
         self.h = nn.ModuleList(Block(config, linear, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+        # head: it made a weight of its own, which draws random numbers and is dropped
         self.lm_head = linear("lm_head", config.n_embd, padded, False)
         self.lm_head.weight = self.wte.weight  # tied, quantized or not
         self._initialise()
 
     def _initialise(self) -> None:
         """Normal(0, 0.02), zero biases; projections into the residual stream shrink with its 2 n_layer additions."""
-        for name, p in self.named_parameters():
-            if ".reparam." in name:  # has initialised itself
-                continue
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+        own = ((n, p) for n, p in self.named_parameters() if ".reparam." not in n)  # they did already
+        for name, p in own:
+            if p.dim() == 2:
+                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=0.02 / shrink)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if self.config.stable_embedding:
@@ -302,9 +286,9 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Return the last hidden states (B, T, C), in self.dtype, of the tokens idx (B, T)."""
         T = idx.shape[1]
-        assert T <= self.config.block_size, f"{T} tokens exceed the context of {self.config.block_size}"
-        x = self.ln_e(self.wte(idx)) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C) fp32
-        x = F.dropout(x.to(self.dtype), self.config.dropout, self.training)
+        assert T <= self.config.block_size, f"{T} tokens, a context of {self.config.block_size}"
+        x = self.ln_e(self.wte(idx)) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = F.dropout(x.to(self.dtype), self.config.dropout, self.training)  # fp32 until here
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
@@ -314,9 +298,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        w, recipe = self.lm_head.weight, None
-        if isinstance(self.lm_head, QuantLinear):
-            w, recipe = self.lm_head.used_weight(), self.lm_head.recipe
+        head = self.lm_head
+        w, recipe = (head.used_weight(), head.recipe) if isinstance(head, QuantLinear) else (head.weight, None)
         return linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), self.vocab_size, recipe)
 
     @torch.no_grad()
@@ -332,14 +315,15 @@ class GPT(nn.Module):
             x = self.hidden(idx[:, -self.config.block_size:])[:, -1:]  # (B, 1, C)
             logits = self.lm_head(x)[:, 0, :self.vocab_size].float().cpu() / (temperature or 1.0)  # (B, V)
             most = min(top_k or self.vocab_size, self.vocab_size) if temperature else 1
-            least = logits.topk(most).values[:, -1:]
+            least = logits.topk(most).values[:, -1:]  # (B, 1): less likely tokens get probability 0
             probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
-            idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator).to(idx.device)), 1)
+            new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, new.to(idx.device)), 1)
         self.train(was_training)
         return idx
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of training on a token, as nanoGPT: 6 per weight in a GEMM, 12 C T a block for attention."""
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        width = sum(block.attn.n_head * block.attn.head_size for block in self.h)  # n_layer C, unless pruned
+        width = sum(b.attn.n_head * b.attn.head_size for b in self.h)  # n_layer C, unless pruned
         return 6 * weights + 12 * width * self.config.block_size

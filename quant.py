@@ -9,11 +9,9 @@ is written as A @ B.T, its contraction on the last axis of both operands:
     grad_input    dx = q(g)   @ q(w.T).T        g    (M, N)  w.T  (K, N)  N
     grad_weight   dw = q(g.T) @ q(x.T).T        g.T  (N, M)  x.T  (K, M)  M (tokens)
 
-A quantizer maps a real tensor to integers and back, x ~ (q - zero_point) * scale (Jacob et al. 2018, eq. 1). q may be
-an FP8 number instead, e4m3 or e5m2, whose steps grow with it (4 or 5 bits of exponent, 3 or 2 of mantissa;
-Micikevicius et al. 2022, arXiv 2209.05433). All of it is dynamic: the scale is recomputed from the tensor at each
-call, and no gradient flows through it. What shares a scale is a tile of the matrix, so granularity is nothing but a
-tile shape:
+A quantizer maps a real tensor to integers and back, x ~ (q - zero_point) * scale (Jacob et al. 2018, eq. 1), or to FP8
+numbers, e4m3 or e5m2, whose steps grow with them (4 or 5 bits of exponent; Micikevicius et al. 2022, arXiv 2209.05433).
+The scale is dynamic: recomputed at each call, without gradient. What shares one is a tile, so granularity is its shape:
 
     granularity        tile of (rows, columns)   scales   for
     per_tensor         everything                1        W, A, G
@@ -23,24 +21,21 @@ tile shape:
     per_block          1 x block of a row        ...      W, A, G: along the contraction of the GEMM
     per_row (G)        one row of A              M, N     G: of g in grad_input and of g.T in grad_weight, see `fold`
 
-Where a scale is constant along the contraction it factors out: y = (codes_x @ codes_w.T) * scale_x * scale_w. We do
-just that, because integers up to 256 and FP8 numbers are exact in bfloat16 while their products with a scale are not:
-the simulated GEMM then sees the very codes that an int8 or FP8 GEMM would. Where it is not constant, the operand is
-dequantized first.
+Where a scale is constant along the contraction it factors out: y = (codes_x @ codes_w.T) * scale_x * scale_w. Integers
+up to 256 and FP8 numbers are exact in bfloat16, their products with a scale are not: the simulated GEMM so sees the
+very codes that an int8 or FP8 GEMM would. Where the scale varies, the operand is dequantized first.
 
 Vocabulary: `scale` multiplies to DEquantize, a reciprocal is `inv_scale`; `qmin`, `qmax` are inclusive; `amax` is a
 tensor of maxima of |x|; `quantize` makes codes, integer or FP8, `fake_quantize` goes there and back.
 
-Sources: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its official code, chandar-lab/EfficientLLMs at
-d5b6153: the formulas, which granularities, what is left alone.
-The GEMMs here are arithmetic in high precision on rounded numbers ("simulated"); what IS real is that the layer saves
-int8 or float8 codes for backward, one byte each. (Compiled, torch's partitioner has the last word: where the float is
-kept for another layer anyway, it rounds again in backward and keeps no codes.) int8.py runs the integer GEMMs on
-integer units; FP8 is simulated only.
+What is real: the GEMMs are in high precision on rounded numbers ("simulated", int8.py has integer ones), but the layer
+saves int8 or float8 codes for backward, one byte each (compiled, unless the float is kept for another layer anyway).
+Sources of formulas, granularities and what is left alone: Chitsaz et al. 2024, arXiv 2407.11722 ("the paper"), and its
+official code, chandar-lab/EfficientLLMs at d5b6153.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,9 +46,12 @@ from torch.autograd.function import once_differentiable
 
 from support.config import refuse_idle, refuse_unfit
 
-# A scale below the smallest normal number would be flushed to zero on some devices. The official code's floors, 1e-5 to
-# 1e-9, are far inside the range of real gradients and moments and would round those to zero.
+# The smallest normal number: some devices flush smaller ones to zero. The official code's floors,
+# 1e-5 to 1e-9, lie inside the range of real gradients and moments and would round those to zero.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
+Format = Literal["int", "e4m3", "e5m2"]
+Slot = Callable[[Tensor], Tensor] | None  # a quantizer; None: the operand stays untouched
+Operand = Tensor | tuple  # of a GEMM: a matrix, or the NamedTuple of its codes and scales
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # largest numbers: 448 and 57344
 
 
@@ -61,66 +59,68 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # largest num
 class QuantConfig:
     """What each operand of the linear layers is rounded to (32 bits: untouched)."""
     wbits: int = 32  # bits of the weights: 2 to 8, or 32
-    wfmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the weights; FP8 needs --wbits=8
+    wfmt: Format = "int"  # number format of the weights; FP8 needs --wbits=8
     wgran: Literal["per_tensor", "per_channel", "per_block"] = "per_channel"  # what shares a scale in the weights
     abits: int = 32  # bits of the activations, the linear layers' inputs: 2 to 8, or 32
-    afmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the activations; FP8 needs --abits=8
+    afmt: Format = "int"  # number format of the activations; FP8 needs --abits=8
     agran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the activations
     asym: bool = False  # activations get a zero point (for ranges that are not centred on zero)
     gbits: int = 32  # bits of the gradients of the linear layers' outputs: 2 to 8, or 32
-    gfmt: Literal["int", "e4m3", "e5m2"] = "int"  # number format of the gradients; FP8 needs --gbits=8
+    gfmt: Format = "int"  # number format of the gradients; FP8 needs --gbits=8
     ggran: Literal["per_tensor", "per_token", "per_channel", "per_block", "per_row"] = "per_token"  # ... in gradients
-    ggemm: Literal["grad_weight", "grad_input", "both"] = "grad_weight"  # the GEMMs that see the quantized gradient
-    rounding: Literal["nearest", "stochastic"] = "nearest"  # how gradients are rounded; W and A are always nearest
+    ggemm: Literal["grad_weight", "grad_input", "both"] = "grad_weight"  # GEMMs of the quantized gradient
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of gradients; W and A are always nearest
     wblock: int = 128  # elements along the contraction that share a scale, for every per_block
-    split_qkv: bool = False  # the q, k and v thirds of c_attn's weight and gradient get scales of their own
-    gemm: Literal["simulate", "int8"] = "simulate"  # rounded operands in the compute dtype, or GEMMs on integer units
-    backward: Literal["ste", "fp"] = "ste"  # backward GEMMs use the quantized x and w of forward, or the untouched ones
+    split_qkv: bool = False  # q, k and v in c_attn's weight and gradient get scales of their own
+    gemm: Literal["simulate", "int8"] = "simulate"  # in the compute dtype, or on integer units
+    backward: Literal["ste", "fp"] = "ste"  # with the quantized x and w of forward, or the untouched ones
     quant_head: bool = False  # quantize lm_head too (it stays tied to the embedding)
-    skip_blocks: tuple[int, ...] = ()  # transformer blocks left in high precision, from 0, or from the end: -1
+    skip_blocks: tuple[int, ...] = ()  # transformer blocks left alone, from 0, or from the end: -1
 
     def __post_init__(self):
-        for name in ("wbits", "abits", "gbits"):
-            _check_bits(f"--{name}", getattr(self, name))
+        # (1) numbers out of range, and what would be ignored where an operand is left untouched
+        for bits, names in (("wbits", ("wfmt", "wgran")), ("abits", ("afmt", "agran", "asym")),
+                            ("gbits", ("gfmt", "ggran", "ggemm", "rounding"))):
+            _check_bits(f"--{bits}", getattr(self, bits))
+            active = getattr(self, bits) < 32
+            refuse_idle(self, **dict.fromkeys(names, (active, f"without --{bits} below 32")))
         if self.wblock < 1:
             raise ValueError(f"--wblock={self.wblock} must be at least 1")
+        # (2) what would be ignored under the other flags: a typo would look like a result
         w, a, g = self.wbits < 32, self.abits < 32, self.gbits < 32
         blocks = "per_block" in (self.wgran, self.agran, self.ggran)
-        no_w, no_a, no_g = (f"without --{bits} below 32" for bits in ("wbits", "abits", "gbits"))
-        splits = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
-        refuse_idle(
-            self, wfmt=(w, no_w), wgran=(w, no_w), afmt=(a, no_a), agran=(a, no_a), asym=(a, no_a), gfmt=(g, no_g),
-            ggran=(g, no_g), ggemm=(g, no_g), rounding=(g, no_g), wblock=(blocks, "without a granularity of per_block"),
-            split_qkv=(splits, "without weights quantized per_tensor, or gradients per_tensor or per_token"),
-            gemm=(w and a, "without --wbits and --abits below 32"),
-            backward=(w or a, "without --wbits or --abits below 32"),
-            quant_head=(w or a or g, "without --wbits, --abits or --gbits below 32"))
-        fp8, integers = "FP8 is symmetric, 8 bits, rounded to nearest", "its scales must factor out of every GEMM"
-        if self.wfmt != "int":
-            refuse_unfit(self, "wfmt", fp8, wbits=(8,))
-        if self.afmt != "int":
-            refuse_unfit(self, "afmt", fp8, abits=(8,), asym=(False,))
-        if self.gfmt != "int":
-            refuse_unfit(self, "gfmt", fp8, gbits=(8,), rounding=("nearest",))
+        thirds = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
+        words = "without weights quantized per_tensor, or gradients per_tensor or per_token"
+        refuse_idle(self, wblock=(blocks, "without a granularity of per_block"),
+                    gemm=(w and a, "without --wbits and --abits below 32"), split_qkv=(thirds, words),
+                    backward=(w or a, "without --wbits or --abits below 32"),
+                    quant_head=(w or a or g, "without --wbits, --abits or --gbits below 32"))
+        # (3) values that exclude each other: FP8 has one width, and some scales have to be moved
+        for fmt, fits in (("wfmt", dict(wbits=(8,))), ("afmt", dict(abits=(8,), asym=(False,))),
+                          ("gfmt", dict(gbits=(8,), rounding=("nearest",)))):
+            if getattr(self, fmt) != "int":
+                refuse_unfit(self, fmt, "FP8 is symmetric, 8 bits, rounded to nearest", **fits)
+        w_rows, a_rows = ("per_channel", "per_tensor"), ("per_token", "per_tensor")
         if self.gemm == "int8":
-            refuse_unfit(self, "gemm", integers, wfmt=("int",), afmt=("int",), gfmt=("int",), asym=(False,),
-                         wgran=("per_channel", "per_tensor"), agran=("per_token", "per_tensor"))
-        if self.gemm == "int8" and g:
-            refuse_unfit(self, "gemm", integers, ggran=("per_row",), backward=("ste",))
+            integers = "its scales must factor out of every GEMM"
+            refuse_unfit(self, "gemm", integers, wfmt=("int",), afmt=("int",), gfmt=("int",),
+                         asym=(False,), wgran=w_rows, agran=a_rows)
+            if g:
+                refuse_unfit(self, "gemm", integers, ggran=("per_row",), backward=("ste",))
         if g and self.ggran == "per_row" and self.backward == "ste":
             refuse_unfit(self, "ggran", "it takes up the scales of w and x", asym=(False,),
-                         wgran=("per_channel", "per_tensor"), agran=("per_token", "per_tensor", "per_channel"))
+                         wgran=w_rows, agran=(*a_rows, "per_channel"))
 
 
 def _check_bits(name: str, bits: int) -> None:
     """Refuse bit widths that no quantizer here has."""
     if bits != 32 and not 2 <= bits <= 8:
-        raise ValueError(f"{name}={bits} is not supported: use 2 to 8, or 32 to leave the tensor untouched")
+        raise ValueError(f"{name}={bits} is not supported: use 2 to 8, or 32 for none")
 
 
 # -----------------------------------------------------------------------------
-# the quantizer, one pure function per step: tiles -> range -> scale, zero_point -> quantize -> dequantize
-# Legend: R rows, C columns, (tr, tc) the tile; scales and zero points are fp32 of shape (R/tr, 1, C/tc, 1).
+# the quantizer, one pure function per step: tiles -> scale, zero_point -> quantize -> dequantize
+# Legend: R rows, C columns, (tr, tc) the tile; scale and zero_point: fp32 (R/tr, 1, C/tc, 1).
 
 class Quantized(NamedTuple):
     """A quantized matrix: x ~ (codes - zero_point) * scale, tile by tile."""
@@ -136,10 +136,7 @@ class Quantized(NamedTuple):
 
 
 def tiles(x: Tensor, tile: tuple[int | None, int | None]) -> Tensor:
-    """View x (R, C) as tiles, (R/tr, tr, C/tc, tc); None stands for the whole axis.
-
-    Raises: ValueError if a tile does not divide its axis.
-    """
+    """View x (R, C) as tiles, (R/tr, tr, C/tc, tc); None is the whole axis. ValueError where one does not divide."""
     tr, tc = (size if t is None else t for t, size in zip(tile, x.shape, strict=True))
     if x.shape[0] % max(tr, 1) or x.shape[1] % max(tc, 1):
         raise ValueError(f"a tile of {tr} x {tc} does not divide a matrix of {tuple(x.shape)}; "
@@ -153,12 +150,10 @@ def largest_code(bits: int, fmt: str = "int") -> float:
 
 
 def symmetric_scale(t: Tensor, bits: int, fmt: str = "int") -> Tensor:
-    """Return the scale that maps the largest |value| of each tile to qmax, the largest code.
-
-    The range is [-qmax, qmax], so nothing clips and q(-x) = -q(x). At 8 bits, amax = 2.54 gives scale 0.02.
+    """Return the scale that maps the largest |value| of each tile to qmax: nothing clips, and q(-x) = -q(x).
 
     Args: t (R/tr, tr, C/tc, tc) fp32 tiles; bits 2 to 8; fmt as Quantizer's. Returns: (R/tr, 1, C/tc, 1) fp32.
-    Source: the paper's official code, with a floor of the smallest normal fp32 number instead of 1e-5 to 1e-9.
+    At 8 bits, amax = 2.54 gives scale 0.02. Source: the paper's official code, but for the floor, see above.
     """
     amax = t.abs().amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
     return (amax / largest_code(bits, fmt)).clamp_min(SCALE_FLOOR)
@@ -167,14 +162,13 @@ def symmetric_scale(t: Tensor, bits: int, fmt: str = "int") -> Tensor:
 def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (scale, zero_point) that map [min, max] of each tile to 2^bits - 1 codes from -2^(bits-1) on.
 
-    scale = (max - min) / (2 qmax), zero_point = -round(min / scale + 2^(bits-1)); the zero point is not clamped, so
-    a range that excludes zero costs no code. At 8 bits, [0, 2.54] gives scale 0.01 and zero point -128.
-
-    Args, Returns: as symmetric_scale, twice; the zero point is an integer in fp32.
-    Source: the paper's official code. Deviation: the scale never falls below 2^-22 of max|x|, where fp32 itself has
-    hardly finer steps (the codes of a constant tile would otherwise need an infinite zero point).
+    scale = (max - min) / (2 qmax), zero_point = -round(min / scale + 2^(bits-1)), not clamped: a range that excludes
+    zero costs no code. At 8 bits, [0, 2.54] gives scale 0.01 and zero point -128.
+    Args, Returns: as symmetric_scale; the zero point is an integer in fp32.
+    Source: the paper's official code. Deviation: the scale never falls below 2^-22 of max|x|, hardly more than fp32's
+    own step (a constant tile would otherwise need an infinite zero point).
     """
-    lo, hi = t.amin(dim=(1, 3), keepdim=True), t.amax(dim=(1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
+    lo, hi = t.amin((1, 3), keepdim=True), t.amax((1, 3), keepdim=True)  # (R/tr, 1, C/tc, 1)
     floor = (torch.maximum(lo.abs(), hi.abs()) * 2.0**-22).clamp_min(SCALE_FLOOR)
     # halves first: max - min overflows where the two are near the ends of fp32
     scale = torch.maximum((hi * 0.5 - lo * 0.5) / (2 ** (bits - 1) - 1), floor)
@@ -182,9 +176,8 @@ def asymmetric_scale(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
-    """Round x up with probability x - floor(x), else down, so that the expectation is x.
+    """Round x up with probability x - floor(x), else down: 0.25 becomes 1 for noise < 0.25, else 0; the mean is x.
 
-    0.25 becomes 1 for noise < 0.25 and 0 otherwise; integers never move.
     Args: x, fp32; noise of the same shape, uniform in [0, 1). Source: Gupta et al. 2015, arXiv 1502.02551.
     """
     floor = torch.floor(x)
@@ -195,29 +188,28 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: i
              noise: Tensor | None = None, fmt: str = "int") -> Tensor:
     """Return the int8 codes of x, clamp(round(x / scale) + zero_point, qmin, qmax), or its float8 codes.
 
-    At scale 0.02: 0.05 / 0.02 = 2.5 becomes 2 (half to even), 0.07 / 0.02 = 3.5 becomes 4. FP8 rounds to the nearest
-    number too, ties to the even mantissa: in e4m3 at scale 1, where 16, 18 and 20 are neighbours, 17 becomes 16 and
-    19 becomes 20. inf saturates in every format; a nan stays one in FP8, integers have no code for it (it is then the
-    scale of its tile that is nan, see Quantizer).
-
+    At scale 0.02: 0.05 / 0.02 = 2.5 becomes 2 (half to even), 0.07 / 0.02 = 3.5 becomes 4. FP8 takes the even mantissa
+    at a tie: in e4m3 at scale 1, where 16, 18 and 20 are neighbours, 17 becomes 16 and 19 becomes 20. inf saturates; a
+    nan stays one in FP8, integers have no code for it (its tile's scale is then nan, see Quantizer).
     Args:
         x: any shape, fp32.  scale, zero_point: broadcast against x; None is the symmetric range [-qmax, qmax].
         noise: uniform in [0, 1) for stochastic rounding, None for round half to even.  fmt: as Quantizer's.
     """
     qmax = largest_code(bits, fmt)
-    q = x * (1.0 / scale)  # as PyTorch's own fake_quantize ops: one reciprocal per scale, not one division per element
-    if fmt != "int":  # clamped first: past the largest number some casts saturate, some give inf or nan
-        assert zero_point is None and noise is None, f"{fmt} has no zero point and rounds to nearest"
+    q = x * (1.0 / scale)  # as PyTorch's fake_quantize ops: one reciprocal per scale, no divisions
+    if fmt != "int":
+        assert zero_point is None and noise is None, f"{fmt}: no zero point, rounds to nearest"
+        # clamp first: past the largest number some casts saturate, some give inf or nan
         return q.clamp(-qmax, qmax).to(FLOAT8[fmt])
     q = torch.round(q) if noise is None else round_stochastic(q, noise)
+    # restricted range [-qmax, qmax], or with a zero point every code: [-qmax - 1, qmax]
     q = q.clamp(-qmax, qmax) if zero_point is None else (q + zero_point).clamp(-qmax - 1, qmax)
     return q.to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Return (codes - zero_point) * scale in fp32; scale and zero_point broadcast against codes."""
-    q = codes.float()
-    return (q if zero_point is None else q - zero_point) * scale
+    return (codes.float() if zero_point is None else codes.float() - zero_point) * scale
 
 
 @dataclass(frozen=True)
@@ -227,7 +219,7 @@ class Quantizer:
     In every format one nan or inf makes its whole tile non-finite: the scale of the tile is then nan or inf.
     """
     bits: int = 8
-    tile: tuple[int | None, int | None] = (None, None)  # (rows, columns) that share a scale; None: all of them
+    tile: tuple[int | None, int | None] = (None, None)  # (rows, columns) of one scale; None: all
     asym: bool = False
     rounding: str = "nearest"  # stochastic draws its noise from torch's default generator
     fold: bool = False  # take up the scales of the GEMM's other operand first, see `fold`
@@ -240,7 +232,7 @@ class Quantizer:
         if self.fmt not in ("int", *FLOAT8):
             raise ValueError(f"fmt={self.fmt!r}: use 'int', 'e4m3' or 'e5m2'")
         if self.fmt != "int" and (self.bits, self.asym, self.rounding) != (8, False, "nearest"):
-            raise ValueError(f"fmt={self.fmt!r} is symmetric, 8 bits, rounded to nearest; drop the other arguments")
+            raise ValueError(f"fmt={self.fmt!r} is symmetric, 8 bits, rounded to nearest; drop the rest")
 
     def quantize(self, x: Tensor) -> Quantized:
         """Return the codes and scales of x (R, C). The arithmetic is fp32: in bf16 it would be off by up to a step."""
@@ -248,7 +240,8 @@ class Quantizer:
         scale, zero_point = (asymmetric_scale(t, self.bits) if self.asym else
                              (symmetric_scale(t, self.bits, self.fmt), None))
         noise = torch.rand_like(t) if self.rounding == "stochastic" else None
-        return Quantized(quantize(t, scale, zero_point, self.bits, noise, self.fmt).view(x.shape), scale, zero_point)
+        codes = quantize(t, scale, zero_point, self.bits, noise, self.fmt)
+        return Quantized(codes.view(x.shape), scale, zero_point)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fake-quantize x (R, C): quantize, dequantize, cast back. 32 bits return x itself."""
@@ -264,9 +257,7 @@ def restore(q: Quantized) -> Tensor:
 def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
     """Fake-quantize x with a GIVEN scale; the gradient is the identity inside the range of codes, 0 where x clips.
 
-    The dynamic quantizers above never clip, so QuantLinear needs no mask. A static, shrunken or learned scale does:
-    use this in a reparam of QuantLinear, as extensions/lsq.py does.
-
+    Dynamic scales never clip, so QuantLinear needs no mask; a static, shrunken or learned one does: extensions/lsq.py.
     Args: as `quantize`; scale and zero_point get no gradient. Returns: x's shape and dtype; a nan stays one.
     Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
     """
@@ -285,20 +276,19 @@ def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: 
 class Recipe:
     """Which quantizer rounds which operand of which GEMM. A slot is any callable Tensor -> Tensor, or None: untouched.
 
-    Each quantizer is given its operand as the table on top of this file writes it, contraction last. A callable with a
-    method `quantize` that returns a NamedTuple of tensors, as Quantizer, is asked for that: these codes are kept.
-
+    Each is given its operand as the table on top of this file writes it, contraction last. A callable with a method
+    `quantize` that returns a NamedTuple of tensors, as Quantizer, is asked for that: these codes are kept.
     backward: where the x and w of the backward GEMMs come from.
         "ste"   forward's own, codes included: the classic straight-through estimator. Their two slots must be None.
-        "fp"    the untouched ones, kept in their dtype, and rounded in backward if their slots say so.
+        "fp"    the untouched ones, kept in their dtype, rounded in backward if their slots say so.
         "early" as "fp", but x.T is rounded in forward already, so that its codes are what is kept.
     """
-    output_input: Callable[[Tensor], Tensor] | None = None              # x    (M, K)
-    output_weight: Callable[[Tensor], Tensor] | None = None             # w    (N, K)
-    grad_input_grad_output: Callable[[Tensor], Tensor] | None = None    # g    (M, N)
-    grad_input_weight: Callable[[Tensor], Tensor] | None = None         # w.T  (K, N)
-    grad_weight_grad_output: Callable[[Tensor], Tensor] | None = None   # g.T  (N, M)
-    grad_weight_input: Callable[[Tensor], Tensor] | None = None         # x.T  (K, M)
+    output_input: Slot = None             # x    (M, K)
+    output_weight: Slot = None            # w    (N, K)
+    grad_input_grad_output: Slot = None   # g    (M, N)
+    grad_input_weight: Slot = None        # w.T  (K, N)
+    grad_weight_grad_output: Slot = None  # g.T  (N, M)
+    grad_weight_input: Slot = None        # x.T  (K, M)
     backward: Literal["ste", "fp", "early"] = "ste"
     engine: Callable | None = None  # computes A @ B.T in place of `gemm` below, with its arguments
 
@@ -306,7 +296,7 @@ class Recipe:
         if self.backward not in ("ste", "fp", "early"):
             raise ValueError(f"backward={self.backward!r}: use 'ste', 'fp' or 'early'")
         if self.backward == "ste" and (self.grad_input_weight or self.grad_weight_input):
-            raise ValueError("backward='ste' reuses forward's x and w; use 'fp' or 'early' to give backward its own")
+            raise ValueError("backward='ste' reuses forward's; use 'fp' or 'early' with its own slots")
 
 
 def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
@@ -314,7 +304,6 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
 
     The granularity words speak of the stored tensors w (N, K), x (M, K) and g (M, N). grad_weight is given g.T, where
     a row has become a column, so its tile is turned over; per_block and per_row follow the GEMM and are not.
-
     Args: third: rows of w (columns of g) in each of c_attn's q, k and v, where these are quantized apart.
     """
     block = (1, config.wblock)
@@ -323,25 +312,22 @@ def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:
               "per_block": block}[config.agran]
     g_tile = {"per_tensor": (None, third), "per_token": (1, third), "per_channel": (None, 1),
               "per_block": block, "per_row": (1, None)}[config.ggran]
-    w = Quantizer(config.wbits, w_tile, fmt=config.wfmt) if config.wbits < 32 else None
-    a = Quantizer(config.abits, a_tile, config.asym, fmt=config.afmt) if config.abits < 32 else None
-    g_t_tile = g_tile if config.ggran in ("per_block", "per_row") else g_tile[::-1]
-    g, g_t = (Quantizer(config.gbits, tile, rounding=config.rounding, fold=config.ggran == "per_row", fmt=config.gfmt)
-              if config.gbits < 32 else None for tile in (g_tile, g_t_tile))
+    w = Quantizer(config.wbits, w_tile, fmt=config.wfmt)
+    a = Quantizer(config.abits, a_tile, config.asym, fmt=config.afmt)
+    g = Quantizer(config.gbits, g_tile, rounding=config.rounding, fold=config.ggran == "per_row",
+                  fmt=config.gfmt)
+    g_t = g if config.ggran in ("per_block", "per_row") else replace(g, tile=g_tile[::-1])
+    w, a, g, g_t = (q if q.bits < 32 else None for q in (w, a, g, g_t))
     if not (w or a or g):
         return None
-    return Recipe(output_input=a, output_weight=w,
-                  grad_input_grad_output=g if config.ggemm in ("grad_input", "both") else None,
-                  grad_weight_grad_output=g_t if config.ggemm in ("grad_weight", "both") else None,
-                  backward=config.backward)
+    g, g_t = g if config.ggemm != "grad_weight" else None, g_t if config.ggemm != "grad_input" else None
+    return Recipe(output_input=a, output_weight=w, grad_input_grad_output=g,
+                  grad_weight_grad_output=g_t, backward=config.backward)
 
 
 # -----------------------------------------------------------------------------
-# the three GEMMs. An operand is a Tensor (R, C), or Quantized, or the NamedTuple of a foreign quantizer with a method
-# `unpack()` that returns one of the two (and `T`, where backward="ste" is to reuse it).
-
-Operand = Tensor | tuple
-
+# the three GEMMs. An operand is a Tensor (R, C), or Quantized, or the NamedTuple of a foreign
+# quantizer with a method `unpack()` to one of the two (and `T`, where backward="ste" reuses it).
 
 def round_operand(quantizer: Callable | None, x: Tensor) -> Operand:
     """Apply one slot of a recipe to its operand (R, C): its codes and scales if it has any, else a tensor."""
@@ -354,10 +340,8 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """Compute A @ B.T in `dtype`: a (R, L), b (S, L) -> (R, S); scales that are constant along L are applied after."""
     (a, a_scale), (b, b_scale) = _factor(a, dtype), _factor(b, dtype)
     y = a @ b.T  # (R, S)
-    if a_scale is not None:
-        y = y * a_scale  # (R, S) * (R, 1), fp32 from here
-    if b_scale is not None:
-        y = y * b_scale.T  # (R, S) * (1, S)
+    y = y if a_scale is None else y * a_scale  # (R, S) * (R, 1), fp32 from here
+    y = y if b_scale is None else y * b_scale.T  # (R, S) * (1, S)
     return y.to(dtype)
 
 
@@ -367,9 +351,9 @@ def _factor(q: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         q = q.unpack()
     if isinstance(q, Tensor):
         return q.to(dtype), None
-    if q.zero_point is not None or q.scale.shape[2] > 1:  # the scale varies along the contraction, or is not alone
+    if q.zero_point is not None or q.scale.shape[2] > 1:  # does not factor out of the contraction
         return restore(q).to(dtype), None
-    return q.codes.to(dtype), row_scale(q)
+    return q.codes.to(dtype), row_scale(q)  # exact: codes are small numbers
 
 
 def row_scale(q: Quantized) -> Tensor:
@@ -381,15 +365,16 @@ def row_scale(q: Quantized) -> Tensor:
 def fold(quantizer: Callable | None, a: Tensor, b: Operand) -> tuple[Operand, Operand]:
     """Round the gradient a (R, L) of a GEMM A @ B.T; with quantizer.fold it first takes up scales of b (S, L) along L.
 
-    Backward meets x and w with the scales of forward, s per token or per output, which in grad_weight and grad_input
-    lie along the contraction L and do not factor out of it. But A @ (codes * s).T = (A * s) @ codes.T: the gradient
-    takes them up before it is rounded, all scales are then per row, and x and w need not be rounded a second time.
+    Forward's scales of x and w, s per token or per output, lie along the contraction L in backward and do not factor
+    out. But A @ (codes * s).T = (A * s) @ codes.T: the gradient takes them up before it is rounded, all scales are then
+    per row, and x and w need not be rounded a second time.
     """
     folds = getattr(quantizer, "fold", False) and quantizer.bits < 32
     if folds and isinstance(b, Quantized) and b.scale.shape[2] > 1:
-        assert b.zero_point is None, "QuantConfig refuses zero points where a gradient takes up scales"
+        assert b.zero_point is None, "QuantConfig refuses per_row with zero points"
         s = b.scale.expand(1, 1, -1, b.codes.shape[1] // b.scale.shape[2])  # (1, 1, L/tc, tc)
-        a, b = a.float() * s.reshape(1, -1), Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)
+        a = a.float() * s.reshape(1, -1)  # (R, L) fp32
+        b = Quantized(b.codes, torch.ones_like(b.scale[:, :, :1]), None)  # nothing left to apply
     return round_operand(quantizer, a), b
 
 
@@ -407,17 +392,17 @@ def linear_backward(g: Tensor, x: Operand, w: Operand, recipe: Recipe,
     """Compute dx (M, K) and dw (N, K) from g (M, N) and what forward kept; dtypes as g; None for what nobody needs."""
     multiply, dx, dw = recipe.engine or gemm, None, None
     if needs[0]:
-        w_t = w.T if recipe.backward == "ste" else round_operand(recipe.grad_input_weight, w.T)
-        dx = multiply(*fold(recipe.grad_input_grad_output, g, w_t), g.dtype)       # (M, N) @ (K, N).T
-    if needs[1]:
-        x_t = x.T if recipe.backward == "ste" else x  # "early": forward has rounded x.T
-        x_t = round_operand(recipe.grad_weight_input, x.T) if recipe.backward == "fp" else x_t
-        dw = multiply(*fold(recipe.grad_weight_grad_output, g.T, x_t), g.dtype)    # (N, M) @ (K, M).T
+        w_t = round_operand(recipe.grad_input_weight, w.T)  # "ste" has none here: forward's w.T
+        dx = multiply(*fold(recipe.grad_input_grad_output, g, w_t), g.dtype)  # (M, N) @ (K, N).T
+    if needs[1]:  # "early": forward has rounded x.T
+        x_t = x if recipe.backward == "early" else round_operand(recipe.grad_weight_input, x.T)
+        dw = multiply(*fold(recipe.grad_weight_grad_output, g.T, x_t), g.dtype)  # (N, M) @ (K, M).T
     return dx, dw
 
 
 class _QuantLinear(torch.autograd.Function):
-    # Both halves of the table on top. Between them wait whatever linear_forward says: codes and scales, or tensors.
+    # Both halves of the table on top; between them waits what linear_forward returns: codes and
+    # scales, or tensors. Autograd saves tensors only, so tuples are taken apart and rebuilt.
     @staticmethod
     def forward(ctx, x, w, recipe):
         y, *kept = linear_forward(x, w, recipe)
@@ -441,13 +426,11 @@ class QuantLinear(nn.Linear):
 
     Args:
         recipe: what each operand is rounded to; None is nn.Linear bit for bit.
-        reparam: maps the weight (N, K) to the one used, before the recipe: the seam for methods that train something
-            else than the weight itself. Autograd differentiates it; an nn.Module brings parameters of its own.
+        reparam: maps the weight (N, K), before the recipe, to the one used; an nn.Module brings parameters of its own.
     Raises: ValueError for a float16 input, which cannot hold the sums of products of codes (127 * 127 * 5 > 65504).
     """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, recipe: Recipe | None = None,
-                 reparam: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 recipe: Recipe | None = None, reparam: Slot = None):
         super().__init__(in_features, out_features, bias)
         self.recipe, self.reparam = recipe, reparam
 
@@ -461,7 +444,7 @@ class QuantLinear(nn.Linear):
         if self.recipe is None or x.numel() == 0:
             return F.linear(x, w.to(x.dtype), bias)
         if x.dtype == torch.float16:
-            raise ValueError("QuantLinear got float16, which overflows on sums of codes; use bfloat16 or float32")
+            raise ValueError("QuantLinear overflows in float16; use bfloat16 or float32")
         y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
-        y = y if bias is None else y + bias  # outside: the gradient of the bias comes from the untouched g
+        y = y if bias is None else y + bias  # outside: its gradient comes from the untouched g
         return y.view(*x.shape[:-1], -1)

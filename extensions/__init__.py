@@ -21,19 +21,21 @@ from model import GPT, Linear, quant_linears
 from quant import QuantConfig
 from support.config import own
 
-EXTENSIONS = {"lsq": lsq}  # name: module
+EXTENSIONS = {"lsq": lsq}  # name: module, in the order in which they wrap the linear layers
 
+# one config with a nested one per extension, whose flags join the command line
 Config = make_dataclass("Config", [(name, module.Config, field(default_factory=module.Config))
                                    for name, module in EXTENSIONS.items()])
-PRESETS = {name: flags for m in EXTENSIONS.values() for name, flags in getattr(m, "PRESETS", {}).items()}
+PRESETS = {name: flags for module in EXTENSIONS.values()
+           for name, flags in getattr(module, "PRESETS", {}).items()}
 
 
 def linears(flat: dict) -> Linear:
     """Return the factory of linear layers that the flags {name: value} ask for; every program makes its model so."""
-    linear = quant_linears(own(QuantConfig, flat), flat["n_layer"])
+    linear = quant_linears(own(QuantConfig, flat), flat["n_layer"])  # the core's
     for module in EXTENSIONS.values():
         if hasattr(module, "linears"):
-            linear = module.linears(own(module.Config, flat), flat, linear)
+            linear = module.linears(own(module.Config, flat), flat, linear)  # one around the other
     return linear
 
 
@@ -47,4 +49,4 @@ def at_step(flat: dict, model: GPT, step: int) -> None:
     """Tell the extensions which step comes next."""
     for module in EXTENSIONS.values():
         if hasattr(module, "at_step"):
-            module.at_step(own(module.Config, flat), model, step)
+            module.at_step(own(module.Config, flat), model, step)  # may change its layers in place

@@ -45,7 +45,7 @@ class LearnedStep(nn.Module):
     def __init__(self, weight: Tensor, bits: int, lr_scale: float):
         super().__init__()
         self.bits, self.lr_scale = bits, lr_scale  # lr_scale: optim.param_groups reads it
-        self.slow = (weight.numel() * (2 ** (bits - 1) - 1)) ** -0.5  # the gradient's factor of section 2.2
+        self.slow = (weight.numel() * (2 ** (bits - 1) - 1)) ** -0.5  # of the gradient, section 2.2
         self.s = nn.Parameter(torch.ones(()))  # () fp32
 
     @torch.no_grad()
@@ -55,8 +55,9 @@ class LearnedStep(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return s * round(w / s), clipped; both w and s get their gradients."""
-        s = self.s * self.slow + (self.s * (1 - self.slow)).detach()  # s, but its gradient is slowed down
-        return s * round_ste(w / s, torch.ones_like(s), bits=self.bits)
+        s = self.s * self.slow + (self.s * (1 - self.slow)).detach()  # s, with a slower gradient
+        # w / s on the grid of step 1: round_ste passes the gradient to w and to s
+        return s * round_ste(w / s, torch.ones_like(s), bits=self.bits)  # (N, K)
 
 
 def linears(config: Config, flat: dict, linear: Linear) -> Linear:
@@ -64,11 +65,11 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     if config.lsq_bits == 32:
         return linear
     if flat.get("wbits", 32) < 32:
-        raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights twice; "
-                         "drop one")
+        raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights "
+                         "twice; drop one")
 
     def with_step(name: str, in_features: int, out_features: int, bias: bool) -> QuantLinear:
-        layer = linear(name, in_features, out_features, bias)
+        layer = linear(name, in_features, out_features, bias)  # as the core makes it
         if name != "lm_head":
             layer.reparam = LearnedStep(layer.weight, config.lsq_bits, config.lsq_lr)
         return layer

@@ -2,23 +2,22 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def lock(folder: Path, busy: str) -> Iterator[None]:
-    """Make the folder and hold it until the block, or the process, ends; a killed one leaves no lock behind.
+    """Make the folder and hold it until the block, or the process, ends, or raise ValueError(busy) if another does.
 
     Where there are no locks (Windows, some file systems), nothing is locked.
-    Raises: ValueError(busy) if another process holds it; NotADirectoryError, FileExistsError if it cannot be a folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
-    try:
+    with ExitStack() as stack:
         with suppress(ImportError):
             import fcntl
             handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -26,6 +25,3 @@ def lock(folder: Path, busy: str) -> Iterator[None]:
             except OSError:
                 pass
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)

@@ -24,14 +24,12 @@ from support.device import Processes
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read a log.jsonl; what is no JSON object on a line of its own, as a crash may leave it, is left out.
-
-    Raises: FileNotFoundError.
-    """
+    """Read a log.jsonl; what is no JSON object on a line of its own, as a crash may leave it, is left out."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; python train.py --out_dir={path.parent} makes one")
+        raise FileNotFoundError(f"there is no {path}; "
+                                f"python train.py --out_dir={path.parent} makes one")
     lines = []
-    for text in path.read_text(errors="replace").split("\n")[:-1]:  # the last one has no end: cut off, or empty
+    for text in path.read_text(errors="replace").split("\n")[:-1]:  # the last is cut off, or empty
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
@@ -39,42 +37,36 @@ def read_log(path: Path) -> list[dict]:
 
 def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> None:
     """Print what runs where, and how the model differs from an unquantized one."""
-    commit = subprocess.run(["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = shutil.which("git") and subprocess.run(
+        ["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
+        capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(processes.device) if "cuda" in processes.device else \
         f"CPU, {torch.get_num_threads()} threads"
+    changed = ", ".join(f"{k}={v}" for k, v in differences(config).items()) or "defaults"
+    quantized = [m.weight for m in model.modules() if isinstance(m, QuantLinear) and m.recipe]
+    total, quantized = (sum(p.numel() for p in part) for part in (model.parameters(), quantized))
     processes.print(f"nanoQPT {commit or 'without git'}, torch {torch.__version__}, "
-                    f"{processes.world} process(es), {name}")
-    processes.print("config: " + (", ".join(f"{k}={v}" for k, v in differences(config).items()) or "defaults"))
-    quantized = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear) and m.recipe)
-    total = sum(p.numel() for p in model.parameters())
-    processes.print(f"{total:,} parameters, {quantized:,} of them in quantized linear layers")
-    processes.print(optimizer.describe()[1])
+                    f"{processes.world} process(es), {name}\nconfig: {changed}\n"
+                    f"{total:,} parameters, {quantized:,} of them in quantized linear layers\n"
+                    f"{optimizer.describe()[1]}")
 
 
 class Log:
-    """log.jsonl, the progress bar (or plain lines where there is no terminal).
-
-    Args:
-        config: train.py's TrainConfig.  start: the step from which the run goes on.
-        main: whether this process is the one that writes; the others may call everything, and nothing happens.
-    Raises: ValueError if wandb was asked for and is not installed.
-    """
+    """log.jsonl and the progress bar, or plain lines, of a run that goes on from step `start`; only `main` writes."""
 
     def __init__(self, config: Any, start: int, main: bool):
-        self.main, self.max_iters, self.path = main, config.max_iters, Path(config.out_dir, "log.jsonl")
+        self.main, self.max_iters, self.wandb = main, config.max_iters, None
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", dynamic_ncols=True,
                         disable=not (main and sys.stderr.isatty()))
-        self.wandb = None
         if not main:
             return
+        path, fresh = Path(config.out_dir, "log.jsonl"), Path(config.out_dir, "log.jsonl.tmp")
+        old = read_log(path) if config.resume and path.exists() else []
         # What a killed run logged after its checkpoint will be logged again.
-        kept = [line for line in read_log(self.path) if line.get("step", -1) <= start and "status" not in line] \
-            if config.resume and self.path.exists() else []
-        fresh = self.path.with_name("log.jsonl.tmp")
+        kept = (line for line in old if line.get("step", -1) <= start and "status" not in line)
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(fresh, self.path)
-        self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
+        os.replace(fresh, path)
+        self.file = open(path, "a")  # noqa: SIM115 (open for the whole run)
         if config.wandb:
             try:
                 import wandb
