@@ -12,7 +12,8 @@ its u = m / (sqrt(v) + eps), bias corrected, is from that of fp32 over the secon
 sqrt(sum (u - u32)^2 / sum u32^2); and the largest |u|, in learning rates.
 """
 
-import support.early  # noqa: F401  isort: skip (first: refuse a bad command line before torch is imported)
+if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
+    import support.early  # noqa: F401
 
 from dataclasses import dataclass
 from pathlib import Path

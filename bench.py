@@ -18,7 +18,8 @@ gemm: quantized operands at hand, scales applied after. The roofline is the long
 memory traffic, at the rates this device reached just before in a large GEMM and a large copy.
 """
 
-import support.early  # noqa: F401  isort: skip (first: refuse a bad command line before torch is imported)
+if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
+    import support.early  # noqa: F401
 
 import json
 import os

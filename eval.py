@@ -10,7 +10,8 @@ is the loss divided by ln 2 and by the bytes a token stands for: with it, tokeni
     python eval.py --ckpt=out --export=out/hf       # no evaluation: for transformers' GPT2LMHeadModel.from_pretrained
 """
 
-import support.early  # noqa: F401  isort: skip (first: refuses bad flags before torch is imported)
+if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
+    import support.early  # noqa: F401
 
 import math
 import sys
@@ -137,25 +138,29 @@ def main() -> None:
     """Print validation loss and a sample of a checkpoint, or export it."""
     config = parse(EvalConfig, doc=__doc__)
     with one_line_errors():
-        # (1) the checkpoint, perhaps only to be exported
-        checkpoint = load_checkpoint(Path(config.ckpt))
+        # (1) the model; without quantizers, all flags of recipes and extensions are at their defaults
+        checkpoint, trained = load_checkpoint(Path(config.ckpt)), config.quantizers == "trained"
         flat = checkpoint["config"]  # {flag: value} of the training run
+        for name in set(checkpoint["extensions"]) - set(extensions.EXTENSIONS) if trained else ():
+            raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which is not here; "
+                             "--quantizers=off evaluates its weights without")
+        linear = extensions.linears(flat if trained else {"n_layer": flat["n_layer"]})
+        model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"]))
+        if trained:
+            extensions.at_step(flat, model, checkpoint["step"])
+        # (2) export, and nothing else
         if config.export:
-            files = export_hf(model_from(checkpoint, extensions.linears(flat)), Path(config.export), flat)
+            files = export_hf(model, Path(config.export), flat)
             note = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
             return print(f"wrote {config.export}: {', '.join(files)}{note}")
-        # (2) the data it was trained on, or others of the same vocabulary
-        device, trained = choose_device(config.device), config.quantizers == "trained"
+        # (3) the data it was trained on, or others of the same vocabulary
+        device = choose_device(config.device)
         dataset, data_dir = config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]
         _, val, meta = open_dataset(DataConfig(dataset, data_dir))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
             raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint "
                              f"{checkpoint['vocab_size']}; choose the --dataset it was trained on ({flat['dataset']})")
-        # (3) the model; without quantizers, all flags of recipes and extensions are at their defaults
-        linear = extensions.linears(flat if trained else {"n_layer": flat["n_layer"]})
-        model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"])).to(device)
-        if trained:
-            extensions.at_step(flat, model, checkpoint["step"])
+        model.to(device)
         # (4) what it is worth
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)

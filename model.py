@@ -110,6 +110,7 @@ def _rows(q: Tensor | tuple, start: int, stop: int) -> Tensor | Quantized:
         q = q.unpack()
     if isinstance(q, Tensor):
         return q[start:stop]
+    assert len(q.scale) in (1, len(q.codes)), "a tile of some rows cannot be cut into chunks of tokens"
     cut = [t if t is None or len(t) == 1 else t[start:stop] for t in (q.scale, q.zero_point)]
     return Quantized(q.codes[start:stop], *cut)
 
@@ -121,6 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, w, targets, vocab_size, recipe, needs_grad):
         # (1) operands x (M, C) and w (V, C), rounded once for all chunks
         recipe = recipe or Recipe()
+        if recipe.backward == "early":  # nothing waits for backward here: the same as "fp"
+            recipe = replace(recipe, backward="fp")
         qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
         kx, kw = (qx, qw) if recipe.backward == "ste" else (x, w)  # what the backward GEMMs use
         tokens = torch.arange(len(w), device=w.device)  # (V,)

@@ -13,7 +13,8 @@ The file reads from top to bottom: config, learning rate, data, a step, the loop
 To train something else, override methods of Run and call main with config and run classes of your own.
 """
 
-import support.early  # noqa: F401  isort: skip (first: refuses bad flags before torch is imported)
+if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
+    import support.early  # noqa: F401
 
 import contextlib
 import math
@@ -320,14 +321,17 @@ class Run:
 
     def checkpoint(self, log: Log, best: bool = False) -> bool:
         """Write ckpt.pt, before it ckpt_best.pt if it is the best; with a non-finite weight return False instead."""
-        if not all(p.isfinite().all() for p in self.parameters):
+        spoilt = float(not all(p.isfinite().all() for p in self.parameters))
+        if self.processes.sum([spoilt])[0]:  # on any: all agree
             log.say(f"diverged at step {self.step}: a weight is not finite")
             return False
+
         def work():  # the best first: a kill in between costs an evaluation that is made again
             state = {"config": self.flat, "asked": self.asked, "data": self.meta["train"]["sha256"],
                      "vocab_size": self.raw.vocab_size, "step": self.step, "best": self.best,
                      "evaluated": self.evaluated, "model": self.raw.state_dict(),
-                     "optimizer": self.optimizer.state_dict(), "extra": self.extra_state()}
+                     "optimizer": self.optimizer.state_dict(), "extra": self.extra_state(),
+                     "extensions": extensions.active(self.flat)}
             for name in ("ckpt_best.pt", "ckpt.pt") if best else ("ckpt.pt",):
                 save_checkpoint(Path(self.config.out_dir, name), state)
         self.processes.after_main(work)  # written once
@@ -367,6 +371,8 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
                     stack.enter_context(lock(out, busy))
                 except (FileExistsError, NotADirectoryError):
                     raise ValueError(f"--out_dir={out} is or lies in a file, not a folder; choose another") from None
+                if config.resume and (out / "ckpt.pt").stat().st_mtime_ns != source["written"]:
+                    raise ValueError(f"{out}/ckpt.pt has changed since it was read: another run went on; start again")
                 if not config.resume and (out / "ckpt.pt").exists():
                     raise ValueError(f"--out_dir={out} holds another run; "
                                      "add --resume to go on with it, or choose another --out_dir")

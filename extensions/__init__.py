@@ -30,6 +30,11 @@ PRESETS = {name: flags for module in EXTENSIONS.values()
            for name, flags in getattr(module, "PRESETS", {}).items()}
 
 
+def active(flat: dict) -> list[str]:
+    """Return the names of the extensions that the flags {name: value} make use of."""
+    return [name for name, m in EXTENSIONS.items() if own(m.Config, flat) != m.Config()]
+
+
 def linears(flat: dict) -> Linear:
     """Return the factory of linear layers that the flags {name: value} ask for; every program makes its model so."""
     linear = quant_linears(own(QuantConfig, flat), flat["n_layer"])  # the core's

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Linear
-from quant import QuantLinear, round_ste
+from quant import SCALE_FLOOR, QuantLinear, round_ste
 from support.config import refuse_idle
 
 
@@ -51,7 +51,8 @@ class LearnedStep(nn.Module):
     @torch.no_grad()
     def start(self, w: Tensor) -> None:
         """Set s for the weight w (N, K); the model calls this when it has drawn or loaded its weights."""
-        self.s.copy_(2 * w.abs().mean() / (2 ** (self.bits - 1) - 1) ** 0.5)
+        s = 2 * w.abs().mean() / (2 ** (self.bits - 1) - 1) ** 0.5
+        self.s.copy_(s.clamp_min(SCALE_FLOOR))  # zeros are legal
 
     def forward(self, w: Tensor) -> Tensor:
         """Return s * round(w / s), clipped; both w and s get their gradients."""

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig, Linear
 from support.config import own
 
 # What a checkpoint holds, and of which type: for every use, and to go on with its run.
-ALWAYS = {"config": dict, "vocab_size": int, "model": dict, "step": int}
+ALWAYS = {"config": dict, "vocab_size": int, "model": dict, "step": int, "extensions": list}
 TO_RESUME = {"asked": dict, "optimizer": dict, "evaluated": int, "best": float, "data": str, "extra": dict}
 IN_CONFIG = {"n_layer": int, "dataset": str, "data_dir": str, "eval_tokens": int, "dtype": str}
 
@@ -72,15 +72,17 @@ def load_checkpoint(path: Path, resume: bool = False) -> dict:
 def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights (name -> tensor) into the model; padding rows of the embedding may be missing, contexts are cut.
 
-    So may a reparam's (".reparam." in their name) on either side: a plain model may start one that has some, or back.
+    A model that is begun from others' weights (--init_from) starts its reparams anew; one that is rebuilt, with
+    source "checkpoint", needs all of its own, and leaves out those it does not have (--quantizers=off).
     """
+    rebuilt = source == "checkpoint"
     state, weights = ({k: v for k, v in tensors.items() if k != "lm_head.weight"}  # tied
                       for tensors in (model.state_dict(), weights))
     for name in sorted(state.keys() ^ weights):
-        if ".reparam." not in name:
+        if ".reparam." not in name or rebuilt and name in state:
             raise ValueError(f"{source}: tensor {name} is {'missing' if name in state else 'unknown'}; "
                              "it holds a model of another shape (n_layer, bias)")
-    for name, mine in ((name, t) for name, t in state.items() if name in weights):
+    for name, mine in ((n, t) for n, t in state.items() if n in weights and (rebuilt or ".reparam." not in n)):
         theirs = weights[name]
         if name == "wte.weight" and len(theirs) == model.vocab_size:
             mine = mine[:model.vocab_size]
@@ -92,7 +94,7 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
         if not theirs.isfinite().all():
             raise ValueError(f"{source}: {name} holds values that are not finite: its run has diverged")
         mine.copy_(theirs)  # a state_dict's tensors are detached
-    if not any(".reparam." in name for name in weights):
+    if not rebuilt:
         model.start_reparams()
 
 

@@ -207,7 +207,8 @@ def one_line_errors(quiet: bool = False):
     except (ValueError, OSError, MemoryError) as error:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         file, root = frame.f_code.co_filename, Path(__file__).parent.parent
-        ours = Path(file).is_relative_to(root) and "raise" in linecache.getline(file, line)
+        ours = Path(file).is_relative_to(root) and "site-packages" not in file  # which may lie in root/.venv
+        ours = ours and "raise" in linecache.getline(file, line)
         if isinstance(error, ValueError) and not ours:
             raise
         if not quiet:

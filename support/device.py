@@ -66,7 +66,7 @@ class Processes:
         try:
             if self.main:
                 work()
-        except (ValueError, OSError) as raised:
+        except Exception as raised:  # whatever it is, the others must not wait for ever
             error = raised
         if self.sum([float(error is not None)])[0]:
             raise error or ValueError("another process failed")

@@ -37,7 +37,7 @@ class _IsFine(BaseException):
 def check() -> None:
     """Exit as the program would for a bad command line or --help; else leave no trace."""
     def parse(cls, argv=None, presets=None, doc="", base=None):
-        if base and any(arg.startswith(("--resume", "--init", "--preset ")) for arg in sys.argv):
+        if base and any(arg.startswith(("--resume", "--init")) or arg == "--preset" for arg in sys.argv):
             raise _IsFine  # what the flags add to lies in a file
         theirs = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("--preset=")]
         sizes = ("gpt2", "tiny") if base else ()  # is there a GPU? torch would know
@@ -66,10 +66,9 @@ def check() -> None:
     finally:
         builtins.__import__ = imports
         for module in set(sys.modules) - known:  # ours; the standard library's may stay
-            if str(getattr(sys.modules[module], "__file__", "")).startswith(ROOT):
+            if str(getattr(sys.modules[module], "__file__", "")).startswith(ROOT + os.sep):
                 del sys.modules[module]
 
 
-file = getattr(sys.modules["__main__"], "__file__", "/")
-if "torch" not in sys.modules and os.path.abspath(file).startswith(ROOT):
+if "torch" not in sys.modules:
     check()

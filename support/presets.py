@@ -74,7 +74,8 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
         if auto:  # start, or go on if there is something to go on with
             given["resume"] = (out / "ckpt.pt").exists()
         if given.get("resume"):
-            source.update(load_checkpoint(out, resume=True))
+            written = (out / "ckpt.pt").stat().st_mtime_ns if (out / "ckpt.pt").exists() else 0
+            source.update(load_checkpoint(out, resume=True), written=written)
             if auto and source["step"] >= given.get("max_iters", source["asked"].get("max_iters", 0)):
                 print(f"the run in {out} has finished its {source['step']} steps")
                 sys.exit(0)

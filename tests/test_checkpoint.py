@@ -28,7 +28,8 @@ def checkpoint(model, quant=None):
     """Return what eval.py needs of a checkpoint that train.py saves."""
     flat = {**flatten(model.config), **flatten(QuantConfig()), **(quant or {}), "dataset": "text", "data_dir": "data",
             "eval_tokens": 512, "dtype": "float32", "learning_rate": 1e-3}
-    return {"config": flat, "vocab_size": model.vocab_size, "model": model.state_dict(), "step": 3}
+    return {"config": flat, "vocab_size": model.vocab_size, "model": model.state_dict(), "step": 3,
+            "extensions": []}
 
 
 @pytest.mark.parametrize("quant, shape", [
@@ -129,7 +130,7 @@ def test_load_weights_copies():
 
 
 def test_parameters_of_a_reparam():
-    """They are loaded where both sides have them, and may be missing on either; without, a reparam starts anew."""
+    """They are loaded where a model is rebuilt, and must all be there; begun from others' weights, they start anew."""
     plain, model, starts = gpt(seed=1), gpt(), []
     reparam = model.h[0].mlp.c_fc.reparam = nn.PReLU(init=0.5)
     reparam.start = starts.append
@@ -137,8 +138,13 @@ def test_parameters_of_a_reparam():
     assert reparam.weight == 0.5 and torch.equal(starts.pop(), plain.h[0].mlp.c_fc.weight)
     load_weights(plain, model.state_dict(), "reparametrized")
     assert same(plain.state_dict(), {k: v for k, v in model.state_dict().items() if ".reparam." not in k})
-    load_weights(model, {**model.state_dict(), "h.0.mlp.c_fc.reparam.weight": torch.tensor([0.75])}, "both")
-    assert reparam.weight == 0.75 and not starts
+    theirs = {**model.state_dict(), "h.0.mlp.c_fc.reparam.weight": torch.tensor([0.75])}
+    load_weights(model, theirs, "others")
+    assert reparam.weight == 0.5 and len(starts) == 1
+    load_weights(model, theirs, "checkpoint")
+    assert reparam.weight == 0.75 and len(starts) == 1
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc.reparam.weight is missing"):
+        load_weights(model, plain.state_dict(), "checkpoint")
 
 
 # -----------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def test_a_damaged_log_stops_nobody(damage, copy, run):
 
 @pytest.mark.parametrize("command, code, message", [
     ("train.py --wbit=8", 2, "did you mean --wbits?"), ("train.py --n_embd=66", 2, "must divide --n_embd=66"),
+    ("bench.py --rounds=0", 2, "at least 1"),
     ("eval.py --prompt=x --sample_tokens=0", 2, "--prompt=x has no effect"), ("train.py --help", 0, "--wbits")])
 def test_a_bad_command_line_does_not_wait_for_torch(command, code, message):
     """Refused, and --help, in under a second of CPU time (torch's import alone takes two)."""
@@ -223,6 +224,18 @@ def test_a_bad_command_line_does_not_wait_for_torch(command, code, message):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code and message in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert after.ru_utime - before.ru_utime < 1.5
+
+
+@pytest.mark.parametrize("flags", [
+    ["--preset", "w8a8", "--agran=per_tensor"], ["--preset=w8a8", "--agran=per_tensor"],
+    ["--n-embd=64", "--wbits", "8"]])
+def test_a_good_command_line_is_not_refused_early(flags, data, tmp_path):
+    """Spelt with blanks, with a preset that a flag needs, with sizes that only tiny takes: it trains."""
+    small = [flag for flag in SMALL if not flag.startswith(("--preset", "--n_"))]
+    small += [f"--data_dir={data}", f"--out_dir={tmp_path}", "--max_iters=1"]
+    done = subprocess.run([sys.executable, "train.py", *small, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("config:") == 1
 
 
 def test_a_broken_compile_cache_is_named(capsys):

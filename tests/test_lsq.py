@@ -38,6 +38,13 @@ def test_steps_begin_at_the_weights():
         assert layer.reparam.s.item() == pytest.approx(2 * layer.weight.abs().mean().item() / 7 ** 0.5)
 
 
+def test_zeros_are_legal():
+    """A weight of zeros has a step, and stays zero."""
+    step = LearnedStep(torch.zeros(4, 4), 4, 1.0)
+    step.start(torch.zeros(4, 4))
+    assert torch.equal(step(torch.zeros(4, 4)), torch.zeros(4, 4))
+
+
 def test_a_run_learns_its_steps(run, tmp_path):
     """The loss falls, the steps move, and --lsq_lr=0 keeps them."""
     for name, flags in (("a", []), ("b", ["--lsq_lr=0"])):

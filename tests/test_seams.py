@@ -17,7 +17,7 @@ import eval as evaluation
 import extensions
 import train
 from eval import shares_scales
-from model import GPT, GPTConfig, quant_linears
+from model import GPT, GPTConfig, linear_cross_entropy, quant_linears
 from optim import OptimConfig, param_groups
 from quant import QuantConfig, Quantizer, Recipe
 from support.checkpoint import load_checkpoint, model_from
@@ -191,6 +191,33 @@ def test_reparams_have_a_group_of_their_own():
     group, = (g for g in param_groups(model, OptimConfig(m1bits=8, m2bits=8)) if g.get("lr_scale", 1.0) != 1.0)
     assert {id(p) for p in group["params"]} == gains
     assert group["weight_decay"] == 0 and group["m1"] == group["m2"] == (32,) and group["lr_scale"] == 10.0
+
+
+def test_what_a_model_must_find(run, call, tmp_path, monkeypatch):
+    """A trained model without its extension, or one of its tensors, is refused; without quantizers it is not."""
+    assert run(tmp_path, "--stranger=reparam", "--max_iters=2", main=lambda: train.main(Config))[0] == 0
+    checkpoint = load_checkpoint(tmp_path)
+    del checkpoint["model"]["h.0.mlp.c_fc.reparam.gain"]
+    torch.save(checkpoint, tmp_path / "less.pt")
+    code, _, err = call(evaluation.main, f"--ckpt={tmp_path / 'less.pt'}")
+    assert code == 2 and "h.0.mlp.c_fc.reparam.gain is missing" in err
+    monkeypatch.delitem(extensions.EXTENSIONS, "stranger")
+    code, _, err = call(evaluation.main, f"--ckpt={tmp_path}")
+    assert code == 2 and "was trained with extensions/stranger.py, which is not here" in err
+    assert call(evaluation.main, f"--ckpt={tmp_path}", "--quantizers=off", "--sample_tokens=0")[0] == 0
+
+
+def test_early_in_the_head_is_fp():
+    """Nothing waits for backward in the head: "early" is "fp" there, also where tokens and channels are as many."""
+    x, w, y = torch.randn(16, 16), torch.randn(64, 16), torch.arange(16)
+    grads = []
+    for backward in ("early", "fp"):
+        recipe = Recipe(output_input=Quantizer(4, (1, None)), grad_weight_input=Quantizer(4, (1, None)),
+                        backward=backward)
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        linear_cross_entropy(a, b, y, 50, recipe).backward()
+        grads.append((a.grad, b.grad))
+    assert same(*grads)
 
 
 def test_shared_scales_of_strangers():
