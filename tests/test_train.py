@@ -355,7 +355,7 @@ def test_torchrun(data, tmp_path):
     (["--device=cuda"], "--device=cuda, but this torch sees no GPU"),
     (["--learning_rate=-1"], "--learning_rate=-1.0 must be at least 0"),
     (["--learning_rate=nan"], "--learning_rate=nan must be at least 0"),
-    (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
+    (["--beta2=1"], "--beta2=1.0 must lie in [0, 1)"),
     (["--m1bits=5"], "argument --m1bits: invalid choice: 5"),
     (["--m2fmt=linear"], "--m2fmt=linear has no effect "),
     (["--schedule=wsd", "--wsd_decay=0"], "--wsd_decay=0.0 must lie in (0, 1]"),
