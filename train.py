@@ -49,7 +49,7 @@ from support.presets import PRESETS, load_config
 
 @dataclass
 class TrainConfig:
-    """The training loop. The defaults are GPT-2 small's; a preset is a dict of differences."""
+    """The training loop. The defaults are gpt2's; without a GPU those of the preset tiny come first."""
     preset: str = ""  # from left to right, then the flags; without a model size the device has one
     out_dir: str = "out"  # checkpoints and log.jsonl
     resume: bool | None = False  # go on with the run in out_dir, and its config; auto: if it is there

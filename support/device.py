@@ -112,7 +112,7 @@ def peak_flops(config: Any, device: str) -> float:
     if config.dtype == "bfloat16" and "cuda" in device:
         name = torch.cuda.get_device_name(device)
         for key, peak in PEAKS.items():
-            if re.search(rf"\b{key}\b", name) and not re.search("Laptop|Mobile|Max-Q", name):
+            if re.search(rf"\b{key}\b", name) and not re.search(r"Laptop|Mobile|Max-Q|Ti\b", name):
                 return peak
     dtype = getattr(torch, config.dtype) if fast_bfloat16(device) else torch.float32
     size = 2048 if "cuda" in device else 1024

@@ -22,6 +22,7 @@ import eval as evaluation
 import extensions
 import prepare_data
 import train
+from support import device
 from support.checkpoint import load_checkpoint
 from support.config import one_line_errors
 from support.device import explain_compile_errors
@@ -236,6 +237,23 @@ def test_a_good_command_line_is_not_refused_early(flags, data, tmp_path):
     done = subprocess.run([sys.executable, "train.py", *small, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("config:") == 1
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA RTX A1000", None),
+    ("NVIDIA A10", None), ("NVIDIA GeForce RTX 3090 Ti", None)])
+def test_peaks_go_by_the_whole_name(name, peak, monkeypatch):
+    """MFU takes a data sheet's number for that very card; for others, laptops' too, it measures."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: (_ for _ in ()).throw(LookupError))  # measuring begins
+    monkeypatch.setattr(device, "fast_bfloat16", lambda device: True)
+    config = train.TrainConfig(dtype="bfloat16")
+    if peak:
+        assert device.peak_flops(config, "cuda:0") == peak
+    else:
+        with pytest.raises(LookupError):
+            device.peak_flops(config, "cuda:0")
 
 
 def test_a_broken_compile_cache_is_named(capsys):
