@@ -388,6 +388,7 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
         if status == "finished" and processes.main:
             run.report(time.perf_counter() - run.started)
     if dist.is_initialized():
+        processes.sum([0.0])  # nobody closes its connections while another still reports
         dist.destroy_process_group()
     sys.exit(code)
 
