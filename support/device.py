@@ -62,7 +62,7 @@ class Processes:
 
     def after_main(self, work: Callable[[], None]) -> None:
         """Run `work` on the main process while the others wait; all of them raise if it fails."""
-        error = None
+        error = None  # raised only when all know of it
         try:
             if self.main:
                 work()
@@ -133,8 +133,10 @@ def resolve(config: Any, processes: Processes) -> None:
              "deterministic": not cuda, "lr_decay_iters": config.max_iters}
     for name in (name for name in autos if getattr(config, name) is None):
         choose(**{name: autos[name]})
+    # A run shorter than its warm-up is all warm-up.
     if config.warmup_iters > config.lr_decay_iters:
         choose(" (the whole run)", warmup_iters=config.lr_decay_iters)
+    # More processes than micro-batches: smaller micro-batches, one for each.
     accumulation, world = config.gradient_accumulation_steps, processes.world
     if (split := world // accumulation) > 1 and world % accumulation == config.batch_size % split == 0:
         choose(" (one micro-batch each, the same global batch)",
@@ -144,6 +146,7 @@ def resolve(config: Any, processes: Processes) -> None:
     if config.gradient_accumulation_steps % world:
         raise ValueError(f"--gradient_accumulation_steps={accumulation} (micro-batches over all "
                          f"processes) must be a multiple of the {world} processes")
+    # What cannot fit is refused here, not by the kernel later: weights, or one layer's activations.
     tokens = config.batch_size * c.block_size
     need = 4 * max(12 * c.n_layer * c.n_embd**2 + c.block_size * c.n_embd, tokens * c.n_embd)
     if hasattr(os, "sysconf") and need > (have := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):

@@ -35,6 +35,7 @@ def load_hf(path: Path) -> dict:
         if not (path / name).exists() and not (index.exists() and name == "model.safetensors"):
             raise FileNotFoundError(f"--init_from={path}: there is no {name} in it; the released GPT-2 is at "
                                     "https://huggingface.co/openai-community/gpt2/tree/main")
+    # (1) the files: shape, and weights from one file or several
     try:
         hf, files = json.loads((path / "config.json").read_text()), {"model.safetensors"}
         if index.exists():
@@ -48,6 +49,7 @@ def load_hf(path: Path) -> dict:
                 raise ValueError(f"{key}={hf[key]}, here it is {same[0]}")
     except (ValueError, TypeError, KeyError, AttributeError, _safetensors().SafetensorError) as error:
         raise ValueError(f"--init_from={path}: not a GPT-2 in Hugging Face's layout ({error})") from None
+    # (2) our names and our layout
     weights = {k.removeprefix("transformer."): (v.T if k.endswith(TRANSPOSED) else v).float()
                for k, v in weights.items()  # without the masks, and what is tied
                if not k.endswith((".attn.bias", ".attn.masked_bias")) and k != "lm_head.weight"}
@@ -90,7 +92,7 @@ def _tokenizer_files() -> dict[str, str]:
 
     def spell(token: bytes) -> str:
         return "".join(spelt[b] for b in token)
-    for token in tokens:
+    for token in tokens:  # in the order of their ranks
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
@@ -114,6 +116,7 @@ def export_hf(model: GPT, folder: Path, flat: dict | None = None) -> list[str]:
             (head, "with a reparametrized lm_head: there, it is tied")):
         if unfit:
             raise ValueError(f"Hugging Face's GPT-2 does not fit a model {what}")
+    # (1) weights: their names, and Conv1D's layout
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous()
              for k, v in _plain_weights(model).items()}
@@ -123,6 +126,7 @@ def export_hf(model: GPT, folder: Path, flat: dict | None = None) -> list[str]:
     except _safetensors().SafetensorError as error:
         file.unlink(missing_ok=True)
         raise OSError(f"could not write {file}: {error}") from error
+    # (2) what from_pretrained wants beside them
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), model.vocab_size - 1)
     files = {"config.json": json.dumps({
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",

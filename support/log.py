@@ -56,6 +56,7 @@ class Log:
 
     def __init__(self, config: Any, start: int, main: bool):
         self.main, self.max_iters, self.wandb = main, config.max_iters, None
+        # A bar where somebody looks; elsewhere each line is printed for good.
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", dynamic_ncols=True,
                         disable=not (main and sys.stderr.isatty()))
         if not main:
@@ -78,6 +79,7 @@ class Log:
         """Append one JSON object, at once, and send it to Weights & Biases."""
         if not self.main:
             return
+        # At once: whatever kills the run, all lines but the last are whole.
         self.file.write(json.dumps(values, allow_nan=False) + "\n")  # nan is no JSON
         self.file.flush()
         if self.wandb and "step" in values:
