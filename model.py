@@ -2,8 +2,9 @@
 
 The model takes its linear layer as an argument: `linear(name, in_features, out_features, bias)` is called for the four
 linears of each block and for lm_head, and returns any module of that shape. `quant_linears(config, n_layer)` makes the
-quantized ones; lm_head shares its weight with the embedding under every recipe. Parameters are fp32; activations run in
-`model.dtype`, and each layer casts its own parameters: no autocast, so that dtypes are those that are written down.
+quantized ones; lm_head shares its weight with the embedding under every recipe (but with --untied_head). Parameters
+are fp32; activations run in `model.dtype`, and each layer casts its own parameters: no autocast, so that dtypes are
+those that are written down.
 Sources: Radford et al. 2019 (GPT-2); the layout and the initialisation follow the released model, and nanoGPT.
 Legend: B batch, T time, C channels (n_embd), V vocabulary (padded), M = B T tokens.
 """
@@ -36,6 +37,7 @@ class GPTConfig:
     block_size: int = 1024  # context length in tokens
     dropout: float = 0.0  # on embeddings, attention and residuals; the paper has 0.1
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2
+    untied_head: bool = False  # lm_head has a weight of its own, as in the paper's quantized runs
     stable_embedding: bool = False  # 2110.02861: Xavier-uniform embedding and a LayerNorm behind it
     keep8: Literal["none", "gelu", "attn", "both"] = "none"  # keeps inputs for backward in 8 bits
     heads: tuple[int, ...] = ()  # attention heads of each block, if pruned; empty: n_head each
@@ -66,6 +68,8 @@ class GPTConfig:
 
 def layer_recipe(config: QuantConfig, name: str, in_features: int, out_features: int) -> Recipe | None:
     """Return the recipe of the linear layer `name`. ValueError if --wblock does not divide its sizes."""
+    if config.asym_gelu:
+        config = replace(config, asym=name.endswith("mlp.c_proj"), asym_gelu=False)
     in_blocks = "per_block" in (config.wgran, config.agran)
     out_blocks = config.ggran == "per_block" and config.ggemm != "grad_weight"  # dx contracts N
     for size, what, blocks in ((in_features, "in_features", in_blocks), (out_features, "out_features", out_blocks)):
@@ -262,9 +266,10 @@ class GPT(nn.Module):
         # the residual stream runs through the blocks
         self.h = nn.ModuleList(Block(config, linear, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
-        # head: it made a weight of its own, which draws random numbers and is dropped
+        # head: the weight it made of its own is dropped where it is tied, quantized or not
         self.lm_head = linear("lm_head", config.n_embd, padded, False)
-        self.lm_head.weight = self.wte.weight  # tied, quantized or not
+        if not config.untied_head:
+            self.lm_head.weight = self.wte.weight
         self._initialise()
 
     def _initialise(self) -> None:
@@ -328,5 +333,6 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """Return the FLOPs of training on a token, as nanoGPT: 6 per weight in a GEMM, 12 C T a block for attention."""
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
+        weights -= self.wte.weight.numel() if self.config.untied_head else 0
         width = sum(b.attn.n_head * b.attn.head_size for b in self.h)  # n_layer C, unless pruned
         return 6 * weights + 12 * width * self.config.block_size

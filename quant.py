@@ -65,6 +65,7 @@ class QuantConfig:
     afmt: Format = "int"  # number format of the activations; FP8 needs --abits=8
     agran: Literal["per_tensor", "per_token", "per_channel", "per_block"] = "per_token"  # ... in the activations
     asym: bool = False  # activations get a zero point (for ranges that are not centred on zero)
+    asym_gelu: bool = False  # only the inputs behind GELU (mlp.c_proj's) get a zero point
     gbits: int = 32  # bits of the gradients of the linear layers' outputs: 2 to 8, or 32
     gfmt: Format = "int"  # number format of the gradients; FP8 needs --gbits=8
     ggran: Literal["per_tensor", "per_token", "per_channel", "per_block", "per_row"] = "per_token"  # ... in gradients
@@ -79,7 +80,7 @@ class QuantConfig:
 
     def __post_init__(self):
         # (1) numbers out of range, and what would be ignored where an operand is left untouched
-        for bits, names in (("wbits", ("wfmt", "wgran")), ("abits", ("afmt", "agran", "asym")),
+        for bits, names in (("wbits", ("wfmt", "wgran")), ("abits", ("afmt", "agran", "asym", "asym_gelu")),
                             ("gbits", ("gfmt", "ggran", "ggemm", "rounding"))):
             _check_bits(f"--{bits}", getattr(self, bits))
             active = getattr(self, bits) < 32
@@ -96,20 +97,22 @@ class QuantConfig:
                     backward=(w or a, "without --wbits or --abits below 32"),
                     quant_head=(w or a or g, "without --wbits, --abits or --gbits below 32"))
         # (3) values that exclude each other: FP8 has one width, and some scales have to be moved
-        for fmt, fits in (("wfmt", dict(wbits=(8,))), ("afmt", dict(abits=(8,), asym=(False,))),
+        for fmt, fits in (("wfmt", dict(wbits=(8,))), ("afmt", dict(abits=(8,), asym=(False,), asym_gelu=(False,))),
                           ("gfmt", dict(gbits=(8,), rounding=("nearest",)))):
             if getattr(self, fmt) != "int":
                 refuse_unfit(self, fmt, "FP8 is symmetric, 8 bits, rounded to nearest", **fits)
+        if self.asym_gelu:
+            refuse_unfit(self, "asym_gelu", "all inputs have a zero point already", asym=(False,))
         w_rows, a_rows = ("per_channel", "per_tensor"), ("per_token", "per_tensor")
         if self.gemm == "int8":
             integers = "its scales must factor out of every GEMM"
             refuse_unfit(self, "gemm", integers, wfmt=("int",), afmt=("int",), gfmt=("int",),
-                         asym=(False,), wgran=w_rows, agran=a_rows)
+                         asym=(False,), asym_gelu=(False,), wgran=w_rows, agran=a_rows)
             if g:
                 refuse_unfit(self, "gemm", integers, ggran=("per_row",), backward=("ste",))
         if g and self.ggran == "per_row" and self.backward == "ste":
             refuse_unfit(self, "ggran", "it takes up the scales of w and x", asym=(False,),
-                         wgran=w_rows, agran=(*a_rows, "per_channel"))
+                         asym_gelu=(False,), wgran=w_rows, agran=(*a_rows, "per_channel"))
 
 
 def _check_bits(name: str, bits: int) -> None:

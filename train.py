@@ -377,10 +377,10 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
                     raise ValueError(f"--out_dir={out} holds another run; "
                                      "add --resume to go on with it, or choose another --out_dir")
             processes.after_main(enter)
-            introduce(config, processes, run.raw, run.optimizer)
+            facts = introduce(config, processes, run.raw, run.optimizer)
             log = Log(config, run.step, processes.main)
             if not config.resume:
-                log.write(config=flatten(config))
+                log.write(config=flatten(config), **facts)
             with explain_compile_errors():
                 status, code = run.train(log)
             log.bar.close()

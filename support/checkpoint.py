@@ -76,7 +76,8 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
     source "checkpoint", needs all of its own, and leaves out those it does not have (--quantizers=off).
     """
     rebuilt = source == "checkpoint"
-    state, weights = ({k: v for k, v in tensors.items() if k != "lm_head.weight"}  # tied
+    tied = set() if model.config.untied_head else {"lm_head.weight"}
+    state, weights = ({k: v for k, v in tensors.items() if k not in tied}
                       for tensors in (model.state_dict(), weights))
     for name in sorted(state.keys() ^ weights):
         if ".reparam." not in name or rebuilt and name in state:

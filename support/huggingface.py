@@ -113,6 +113,7 @@ def export_hf(model: GPT, folder: Path, flat: dict | None = None) -> list[str]:
     for unfit, what in (
             (not c.bias, "trained with --bias=False: there, all layers have biases"),
             (c.stable_embedding, "trained with --stable_embedding: it has no such LayerNorm"),
+            (c.untied_head, "trained with --untied_head: there, it is tied"),
             (head, "with a reparametrized lm_head: there, it is tied")):
         if unfit:
             raise ValueError(f"Hugging Face's GPT-2 does not fit a model {what}")

@@ -35,8 +35,8 @@ def read_log(path: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> None:
-    """Print what runs where, and how the model differs from an unquantized one."""
+def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> dict:
+    """Print what runs where, and how the model differs from an unquantized one; return what the log is to keep."""
     commit = shutil.which("git") and subprocess.run(
         ["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
         capture_output=True, text=True).stdout.strip()
@@ -49,6 +49,8 @@ def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: An
                     f"{processes.world} process(es), {name}\nconfig: {changed}\n"
                     f"{total:,} parameters, {quantized:,} of them in quantized linear layers\n"
                     f"{optimizer.describe()[1]}")
+    return {"commit": commit or "", "torch": torch.__version__, "device": name, "parameters": total,
+            "optimizer_bytes": optimizer.describe()[0]}
 
 
 class Log:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_initialisation():
             assert abs(p.mean().item() / std) < 5 / math.sqrt(p.numel()), name
         assert p.dim() == 2 or (p == (0 if name.endswith("bias") else 1)).all(), name
     assert same(gpt().state_dict(), gpt(W8A8).state_dict())  # a function of the seed
+
+
+def test_untied_head():
+    """It has a weight of its own, which no lookup of the embedding touches; all else begins as in the tied model."""
+    tied, model = gpt(), gpt(untied_head=True)
+    mine, theirs = model.state_dict(), tied.state_dict()
+    assert same({**mine, "lm_head.weight": theirs["lm_head.weight"]}, theirs)
+    assert not torch.equal(model.lm_head.weight, model.wte.weight)
+    assert model.flops_per_token() == tied.flops_per_token()
+    batch = tokens(2, 17)
+    model(batch[:, :-1], batch[:, 1:]).backward()
+    unseen = sorted(set(range(model.vocab_size)) - set(batch[:, :-1].flatten().tolist()))
+    assert not model.wte.weight.grad[unseen].any() and model.lm_head.weight.grad[unseen].any()
+
+
+def test_zero_points_behind_gelu_only():
+    """--asym_gelu gives mlp.c_proj's input a zero point and leaves the other recipes as they are."""
+    plain, some = (gpt(dict(abits=4, asym_gelu=flag)).h[0] for flag in (False, True))
+    for name in LINEARS:
+        before, after = (block.get_submodule(name).recipe for block in (plain, some))
+        asym = name == "mlp.c_proj"
+        assert after == replace(before, output_input=replace(before.output_input, asym=asym))
 
 
 def test_stable_embedding():

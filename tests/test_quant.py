@@ -546,11 +546,11 @@ def test_no_gemm_that_nobody_needs():
 # -----------------------------------------------------------------------------
 # what is refused: the error is about the first flag of a line; where it does not fit another, that is the last
 
-IDLE = """wgran=per_tensor; wgran=per_block abits=8; wfmt=e4m3 abits=8; agran=per_channel wbits=8; asym=True gbits=8;
+IDLE = """wgran=per_tensor; wgran=per_block abits=8; wfmt=e4m3 abits=8; agran=per_channel wbits=8; asym=True gbits=8; asym_gelu=True wbits=8;
 afmt=e5m2 wbits=8; ggran=per_tensor wbits=8; ggemm=both abits=8; gfmt=e5m2; rounding=stochastic wbits=8;
 wblock=64 wbits=8; split_qkv=True wbits=8; split_qkv=True abits=8 agran=per_tensor; quant_head=True;
 split_qkv=True gbits=8 ggran=per_channel; backward=fp gbits=8; gemm=int8 wbits=8; gemm=int8 abits=8"""
-UNFIT = """wbits=4 wfmt=e4m3; abits=7 afmt=e5m2; asym=True abits=8 afmt=e4m3; gbits=2 gfmt=e4m3;
+UNFIT = """wbits=4 wfmt=e4m3; abits=7 afmt=e5m2; asym=True abits=8 afmt=e4m3; asym=True abits=4 asym_gelu=True; gbits=2 gfmt=e4m3;
 rounding=stochastic gbits=8 gfmt=e5m2; wgran=per_block INT8; agran=per_block INT8; agran=per_channel INT8;
 asym=True INT8; wfmt=e4m3 INT8; afmt=e5m2 INT8; ggran=per_token gbits=8 INT8; gfmt=e5m2 ROW INT8;
 backward=fp ROW INT8; agran=per_block abits=8 ROW; wgran=per_block wbits=8 ROW;
