@@ -74,14 +74,17 @@ class AnalyzeConfig:
             raise ValueError("--what=codebooks draws a picture; name its file: --out=codebooks.png")
 
 
-def _panels(**options):
-    """Return a figure of two panels. matplotlib is optional: say how to get it."""
+def new_figure(rows: int = 1, columns: int = 2, size: tuple[float, float] = (11, 4.5), **options):
+    """Return a figure and its array of panels. matplotlib is optional: say how to get it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("pictures need matplotlib; run: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 4.5), layout="tight")
-    return figure, figure.subplots(1, 2, **options)
+    figure = Figure(figsize=size, layout="tight")
+    panels = figure.subplots(rows, columns, **options)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    return figure, panels
 
 
 def curves(config: AnalyzeConfig) -> None:
@@ -93,7 +96,7 @@ def curves(config: AnalyzeConfig) -> None:
     runs = [{line["step"]: line for line in log if key in line} for log in logs]
     if not any(runs):
         raise ValueError(f"--runs={config.runs}: no evaluation yet; wait for the first")
-    figure, panels = _panels() if config.out else (None, ())
+    figure, panels = new_figure() if config.out else (None, ())
     print(f"{key}, {unit}; in brackets the difference to {names[-1]}\n")
     print("| step | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for step in sorted(set().union(*runs)):
@@ -110,7 +113,6 @@ def curves(config: AnalyzeConfig) -> None:
             x, y = ([line[what] for line in run.values()] for what in ("tokens", key))
             panel.plot(x, y, "o-", ms=3, label=name)
         panel.set(xlabel="tokens", ylabel=f"validation loss, {unit}")
-        panel.grid(alpha=0.3)
     # The right panel is a zoom: the last third of the tokens, and the values there.
     tokens = max(line["tokens"] for run in runs for line in run.values())
     late = [line[key] for run in runs for line in run.values() if line["tokens"] >= tokens * 2 / 3]
@@ -123,7 +125,7 @@ def curves(config: AnalyzeConfig) -> None:
 
 def codebooks(config: AnalyzeConfig) -> None:
     """Draw each format's largest relative error by value, 1e-8 to 1 of a block's largest one."""
-    figure, panels = _panels(sharey=True)
+    figure, panels = new_figure(sharey=True)
     x = torch.logspace(-8, 0, 200_001, dtype=torch.float64).float()[None]  # a block
     for second, panel in enumerate(panels):
         for fmt, color in (("linear", "tab:red"), ("dynamic", "tab:blue"), ("power", "tab:green")):
@@ -135,7 +137,6 @@ def codebooks(config: AnalyzeConfig) -> None:
                 panel.loglog(bins[:, 0], error.amax(1).clamp(min=1e-4), style, color=color, label=f"{fmt} {bits} bit")
         panel.set(xlabel="value / largest of its block", ylim=(3e-3, 1e3),
                   title=("first moment m; ", "second moment v; ")[second] + "at 1 it comes back as 0")
-        panel.grid(alpha=0.3)
         panel.legend()
     panels[0].set_ylabel("largest relative error")
     figure.savefig(config.out, dpi=120)

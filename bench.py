@@ -145,8 +145,8 @@ def machine(device: str) -> str:
 class Variant:
     """One side of the comparison: a model, its loss and its optimizer."""
 
-    def __init__(self, name: str, config: BenchConfig, device: str):
-        flags = {k: v for p in name.split("+") for k, v in EXPERIMENTS.get(p, {}).items()}
+    def __init__(self, name: str, config: BenchConfig, device: str, flags: dict | None = None):
+        flags = flags or {k: v for p in name.split("+") for k, v in EXPERIMENTS.get(p, {}).items()}
         train = build(TrainConfig, {**flatten(config.model), **flags})
         linear, dtype = extensions.linears(flatten(train)), getattr(torch, config.dtype)
         if name == "plain":

@@ -1,0 +1,439 @@
+"""Rerun the study of arXiv 2407.11722: every row of its matrix, its controls, several seeds, and a verdict per claim.
+
+    python sweep.py                                   # about six hours of two cores; cut off, it goes on where it was
+    python sweep.py --rows=E0,C1,W4 --seeds=1         # a part of it
+    python sweep.py --report                          # table.md, table.csv, curves.png from the runs there are
+    python sweep.py --scale=paper --show              # only print the commands
+
+A row is a few flags of train.py. Each of its runs is an ordinary one: `--show` prints its command. What a finished run
+has measured becomes one line of runs.jsonl in the sweep's folder; a run that stands there is never repeated, and one
+that was killed goes on from its checkpoint. All seeds of a row are compared with E0's of the same seed: same
+initialisation, same data in the same order, so most of the noise between seeds drops out of the difference.
+
+The interval beside a mean difference is Student's t at 95 % over the seeds. A difference counts as a tie if its whole
+interval lies within TIE of E0's loss, as better or worse if the interval excludes zero, else it is not decided.
+"""
+
+if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
+    import support.early  # noqa: F401
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+import extensions
+from analyze import new_figure
+from bench import BenchConfig, Variant
+from support.config import flatten, one_line_errors, parse
+from support.device import choose_device
+from support.lock import lock
+from support.log import read_log
+from support.presets import PRESETS
+from train import TrainConfig
+
+ROOT = Path(__file__).parent
+TIE = 0.005  # of E0's loss: two recipes closer than half a percent are called alike
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Row(NamedTuple):
+    """A line of the matrix: flags of train.py, and for the paper's own rows what it says of them."""
+    flags: str
+    paper: str = ""  # the claim; "?": its outcome is not known to us; empty: a control that the paper does not have
+    expects: str = ""  # tie, better, worse or diverged: what the claim means ...
+    beside: str = "E0"  # ... for the difference to this row
+
+
+# The most telling rows first: whoever stops early has them.
+ROWS = {
+    "E0": Row("--preset=E0", "the baseline"),
+    "C1": Row("--preset=C1", "W8A8, the recipe, is on par with the baseline", "tie"),
+    "W4": Row("--preset=W4", "worse than 8 bits", "worse", "W2"),
+    "A4": Row("--preset=A4", "unstable: its curve ends at 37k of 300k steps", "diverged"),
+    "G2": Row("--preset=G2", "trains, but worse than the baseline", "worse"),
+    "G3": Row("--preset=G3", "fails to converge", "diverged"),
+    "S4": Row("--preset=S4", "about the baseline (perplexity +0.5 %)", "tie"),
+    "S6": Row("--preset=S6", "not adequate", "worse"),
+    "W2": Row("--preset=W2", "the best of W, below the baseline", "better"),
+    "A6": Row("--preset=A6", "the best of the 4-bit activations", "better", "A4"),
+    "A3": Row("--preset=A3", "unstable: its curve ends at 20k steps", "diverged"),
+    "W3": Row("--preset=W3", "unstable, the sharpest", "worse", "W4"),
+    "C2": Row("--preset=C2", "worse than C1", "worse", "C1"),
+    "A2": Row("--preset=A2", "comparable with the baseline", "tie"),
+    "W1": Row("--preset=W1", "competitive with the baseline", "tie"),
+    "A1": Row("--preset=A1", "comparable with the baseline", "tie"),
+    "A5": Row("--preset=A5", "?"),
+    "G1": Row("--preset=G1", "worse than G2", "worse", "G2"),
+    "G5": Row("--preset=G5", "?"),
+    "S1": Row("--preset=S1", "about the baseline", "tie"),
+    "S2": Row("--preset=S2", "about the baseline", "tie"),
+    "S3": Row("--preset=S3", "slightly worse than S4", "worse", "S4"),
+    "S6-per_tensor": Row("--preset=S6-per_tensor", "not adequate", "worse"),
+    # controls: Adam's moments
+    "adam8": Row("--preset=adam8"),
+    "adam4": Row("--preset=adam4"),
+    "S6-floor": Row("--preset=S6 --mfloor"),
+    "m2-power8": Row("--m2bits=8 --membed32"),
+    "m2-dynamic8": Row("--m2bits=8 --m2fmt=dynamic --membed32"),
+    "E0-beta2=.95": Row("--preset=E0 --beta2=0.95"),
+    "E0-beta2=.999": Row("--preset=E0 --beta2=0.999"),
+    "S6-beta2=.95": Row("--preset=S6 --beta2=0.95"),
+    "S6-beta2=.999": Row("--preset=S6 --beta2=0.999"),
+    # controls: what helps 4-bit activations and weights
+    "A5-gelu": Row("--preset=A4 --asym_gelu"),
+    "A4-block": Row("--preset=A4 --agran=per_block --wblock=32"),
+    "A5-block": Row("--preset=A5 --agran=per_block --wblock=32"),
+    "W4-block": Row("--preset=W4 --wgran=per_block --wblock=32"),
+    "W4A8": Row("--wbits=4 --abits=8"),
+    "W4A4": Row("--wbits=4 --abits=4"),
+    # controls: backward with the quantized operands or the untouched ones
+    "W4-fp": Row("--preset=W4 --backward=fp"),
+    "A4-fp": Row("--preset=A4 --backward=fp"),
+    "C1-fp": Row("--preset=C1 --backward=fp"),
+    # controls: gradients
+    "G2-both": Row("--preset=G2 --ggemm=both"),
+    "G2-fused": Row("--gbits=8"),
+    "G2-stochastic": Row("--preset=G2 --rounding=stochastic"),
+    "G3-both": Row("--preset=G3 --ggemm=both"),
+    "G3-input": Row("--preset=G3 --ggemm=grad_input"),
+    "G3-stochastic": Row("--preset=G3 --rounding=stochastic"),
+    "G3-block": Row("--gbits=4 --ggran=per_block --wblock=32"),
+    "G3-block-stochastic": Row("--gbits=4 --ggran=per_block --wblock=32 --rounding=stochastic"),
+    # controls: the head, and other formats
+    "E0-untied": Row("--preset=E0 --untied_head"),
+    "W2-untied": Row("--preset=W2 --untied_head"),
+    "C1-head": Row("--preset=C1 --quant_head"),
+    "int8-all": Row("--preset=int8-all"),
+    "fp8": Row("--preset=fp8"),
+}
+# what the panels of curves.png show beside E0
+PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",
+          "moments": "S1 S2 S3 S4 S6", "combined": "C1 C2 W4A8 W4A4"}
+
+
+class Scale(NamedTuple):
+    """How large the runs are."""
+    flags: str  # of train.py, before the row's
+    seeds: tuple[int, ...]
+    cost: str  # of one run
+
+
+SCALES = {
+    "laptop": Scale("--preset=laptop --compile=False --sample_tokens=0", (1, 2, 3),
+                    "220,000 parameters, 4.6M tokens, 4 minutes of one core"),
+    "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
+    "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
+                                            "(4 GPUs, 4.3 days); not run yet"),
+}
+
+
+@dataclass
+class SweepConfig:
+    """Run the matrix, or report on it."""
+    scale: Literal["laptop", "gpu", "paper"] = "laptop"  # how large the runs are
+    rows: str = ""  # ids separated by commas; empty: all
+    seeds: int | None = None  # how many; auto: 3, or 1 at the paper's scale
+    jobs: int | None = None  # runs at a time; auto: one a core without a GPU, else one
+    out_dir: str = ""  # folder of runs.jsonl and the report; empty: results/<scale>
+    data_dir: str = "data"  # where the token shards are, or are made
+    launcher: str = ""  # starts train.py, as "torchrun --nproc_per_node=8"; empty: this Python
+    show: bool = False  # only print the commands
+    report: bool = False  # only write table.md, table.csv and curves.png
+
+    def __post_init__(self):
+        for name in filter(None, self.rows.split(",")):
+            if name not in ROWS:
+                raise ValueError(f"--rows={self.rows}: there is no row {name!r}; use some of {','.join(ROWS)}")
+        if self.show and self.report:
+            raise ValueError("--show and --report exclude each other; drop one")
+        for name, most in (("seeds", 10), ("jobs", 64)):
+            if not 1 <= (getattr(self, name) or 1) <= most:
+                raise ValueError(f"--{name}={getattr(self, name)} must lie in 1 to {most}")
+
+    def resolve(self) -> None:
+        """Replace each auto."""
+        cuda = torch.cuda.is_available()
+        self.seeds = self.seeds or len(SCALES[self.scale].seeds)
+        self.jobs = self.jobs or (1 if cuda else os.cpu_count())
+        self.out_dir = self.out_dir or f"results/{self.scale}"
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Return (row, seed) of every run asked for, in the order in which they are made; E0 is always first."""
+        names = self.rows.split(",") if self.rows else ROWS
+        first = SCALES[self.scale].seeds[0]
+        return [(name, first + i) for name in ROWS if name in {"E0", *names} for i in range(self.seeds)]
+
+
+def command(config: SweepConfig, name: str, seed: int) -> list[str]:
+    """Return the command line of one run, behind "python"."""
+    flags = f"{SCALES[config.scale].flags} {ROWS[name].flags}".split()
+    presets = ",".join(flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset="))
+    return ["train.py", f"--preset={presets}", *(flag for flag in flags if not flag.startswith("--preset=")),
+            f"--seed={seed}", f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}/runs/{name}-{seed}"]
+
+
+# -----------------------------------------------------------------------------
+# making the runs
+
+def read_runs(path: Path) -> dict[tuple[str, int], dict]:
+    """Return {(row, seed): what that run has measured} of runs.jsonl; a line cut off by a crash is left out."""
+    lines = read_log(path) if path.exists() else []
+    return {(line["row"], line["seed"]): line for line in lines}
+
+
+def record(name: str, seed: int, log: list[dict], seconds: float) -> dict:
+    """Sum up a run's log.jsonl: its curves, and how it ended."""
+    train = [line for line in log if "grad_norm" in line]
+    speeds = sorted(line["tokens_per_s"] for line in train)
+    return {"row": name, "seed": seed, "status": log[-1]["status"], "step": log[-1]["step"],
+            "val_loss": [[x["step"], x["tokens"], round(x["val_loss"], 6)] for x in log if "val_loss" in x],
+            "loss": [[line["step"], round(line["loss"], 5)] for line in train],
+            "grad_norm_max": max((line["grad_norm"] for line in train), default=None),
+            "tokens_per_s": round(speeds[len(speeds) // 2]) if speeds else None,
+            "seconds": round(seconds), **{key: value for key, value in log[0].items() if key != "config"}}
+
+
+class Job:
+    """One run of train.py in a process of its own; what it prints goes to train.txt in its folder."""
+
+    def __init__(self, config: SweepConfig, name: str, seed: int, threads: int):
+        self.name, self.seed, self.started = name, seed, time.monotonic()
+        args = command(config, name, seed)
+        self.folder = Path(args[-1].partition("=")[2])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.output = open(self.folder / "train.txt", "a")  # noqa: SIM115 (open while the process lives)
+        self.process = subprocess.Popen(
+            [*(config.launcher.split() or [sys.executable]), str(ROOT / args[0]), *args[1:], "--resume=auto"],
+            stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+    def result(self) -> dict | None:
+        """Return the record of the run once its process has ended; None where it is to be tried again."""
+        self.output.close()
+        said = (self.folder / "train.txt").read_text(errors="replace").rstrip().rpartition("\n")[2]
+        if self.process.returncode in (0, 3):  # finished, or diverged: a result
+            return record(self.name, self.seed, read_log(self.folder / "log.jsonl"), time.monotonic() - self.started)
+        if "another run trains" in said:  # a sweep that was killed has left it running
+            time.sleep(5)
+            return None
+        raise ValueError(f"{self.name} with seed {self.seed} failed with exit code {self.process.returncode}: {said}; "
+                         f"see {self.folder}/train.txt, mend it and start the sweep again")
+
+
+def sweep(config: SweepConfig) -> None:
+    """Make the runs that are missing."""
+    out, path = Path(config.out_dir), Path(config.out_dir, "runs.jsonl")
+    with lock(out, f"another sweep runs in --out_dir={out}; choose another, or end that one"):
+        done, wanted = read_runs(path), config.runs()
+        todo, jobs = [run for run in wanted if run not in done], []
+        threads = max(1, os.cpu_count() // config.jobs)
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done, {config.jobs} at a time of {threads} "
+              f"thread(s); a run: {SCALES[config.scale].cost}", flush=True)
+        path.touch()
+        if path.read_bytes()[-1:] not in (b"", b"\n"):
+            path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")  # a line that a crash cut off
+        started, made = time.monotonic(), 0
+        try:
+            while todo or jobs:
+                while todo and len(jobs) < config.jobs:
+                    jobs.append(Job(config, *todo.pop(0), threads))
+                    while len(jobs) == 1 and jobs[0].process.poll() is None and not done \
+                            and not (jobs[0].folder / "log.jsonl").exists():
+                        time.sleep(0.2)  # the very first one makes the data, for all
+                time.sleep(0.2)
+                for job in [job for job in jobs if job.process.poll() is not None]:
+                    jobs.remove(job)
+                    run, line = (job.name, job.seed), job.result()
+                    if line is None:
+                        todo.insert(0, run)
+                        continue
+                    with open(path, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    done[run], made = line, made + 1
+                    left = (time.monotonic() - started) / made * (len(todo) + len(jobs))
+                    print(f"{sum(r in done for r in wanted)}/{len(wanted)} {job.name}, seed {job.seed}: "
+                          f"{describe(line, done.get(('E0', job.seed)))}, about {left / 3600:.1f} h left", flush=True)
+        finally:  # Ctrl-C or SIGTERM or a failed run: the others save and leave
+            for job in jobs:
+                job.process.terminate()
+            for job in jobs:
+                job.process.wait()
+
+
+def final(line: dict) -> float:
+    """Return the last validation loss of a run, nats per token; nan if it diverged."""
+    return line["val_loss"][-1][2] if line["status"] == "finished" else float("nan")
+
+
+def describe(line: dict, base: dict | None) -> str:
+    """Say in a few words how a run ended, beside E0 of the same seed."""
+    if line["status"] != "finished":
+        return f"{line['status']} at step {line['step']}"
+    beside = f" ({final(line) - final(base):+.4f} to E0)" if base and line is not base else ""
+    return f"val_loss {final(line):.4f}{beside}"
+
+
+# -----------------------------------------------------------------------------
+# the report
+
+class Difference(NamedTuple):
+    """A row beside another one, over the seeds that both have."""
+    mean: float  # nats per token; nan if no pair finished
+    half: float  # half of the 95 % interval; inf for a single pair
+    pairs: int
+    diverged: int  # runs of the row that did, among those whose partner finished
+
+    def verdict(self, margin: float) -> str:
+        """tie, better, worse, diverged, or not decided."""
+        if self.diverged:
+            return f"diverged {self.diverged}/{self.diverged + self.pairs}"
+        low, high = self.mean - self.half, self.mean + self.half
+        if -margin <= low and high <= margin:
+            return "tie"
+        return "worse" if low > 0 else "better" if high < 0 else "not decided"
+
+
+def compare(done: dict, name: str, base: str) -> Difference:
+    """Return the paired difference of two rows."""
+    seeds = [s for (row, s), line in done.items() if row == name and (base, s) in done]
+    seeds = [s for s in seeds if done[base, s]["status"] == "finished"]
+    diverged = sum(done[name, s]["status"] != "finished" for s in seeds)
+    differences = [final(done[name, s]) - final(done[base, s]) for s in seeds if done[name, s]["status"] == "finished"]
+    n = len(differences)
+    mean = statistics.mean(differences) if n else float("nan")
+    half = T95.get(n - 1, 2.0) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
+    return Difference(mean, half, n, diverged)
+
+
+def judge(d: Difference, expected: str, margin: float) -> str:
+    """Return what the runs say of a claim that expects tie, better, worse or diverged."""
+    found = d.verdict(margin)
+    if not d.pairs and not d.diverged:
+        return "not run"
+    if found.startswith("diverged"):
+        return "confirmed" if expected in ("diverged", "worse") else "contradicted"
+    if expected == "diverged":
+        return "worse, but did not diverge in these runs" if found == "worse" else \
+            "not decided" if found == "not decided" else "contradicted at this scale"
+    if found == expected:
+        return "confirmed"
+    # A small effect may be real and invisible; one of the opposite sign, or a clear one where none should be, is not.
+    clear = found in ("better", "worse") and abs(d.mean) - d.half > (margin if expected == "tie" else 0)
+    return "contradicted" if clear else "not decidable at this scale"
+
+
+def memory(config: SweepConfig, name: str) -> dict[str, float]:
+    """Return MiB that one step of a row keeps for backward, allocates at most, and its bytes of moments a parameter."""
+    train = parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS)
+    shape = BenchConfig(batch_size=train.batch_size, compile=False, dtype=train.dtype or "float32", model=train.model)
+    variant = Variant(name, shape, choose_device(train.device), flatten(train))
+    variant.step()  # the first makes the moments
+    found = variant.memory()
+    return {"kept_mib": found["kept"], "peak_mib": found["peak"], "optimizer_mib": found["optimizer"]}
+
+
+def table(config: SweepConfig, done: dict) -> list[dict]:
+    """Return a dict of columns for every row that has runs."""
+    rows = []
+    for name in (n for n in ROWS if any(row == n for row, _ in done)):
+        mine = [line for (row, _), line in sorted(done.items()) if row == name]
+        losses = [final(line) for line in mine if line["status"] == "finished"]
+        d, base = compare(done, name, "E0"), [final(x) for (r, _), x in done.items() if r == "E0"]
+        rows.append({
+            "id": name, "seeds": len(mine), "val_loss_mean": statistics.mean(losses) if losses else None,
+            "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+            "diff_to_E0_mean": d.mean if d.pairs and name != "E0" else None,
+            "diff_to_E0_ci": d.half if d.pairs > 1 and name != "E0" else None,
+            "diverged": ", ".join(f"{x['seed']}: step {x['step']}" for x in mine if x["status"] != "finished"),
+            "verdict": "" if name == "E0" else d.verdict(TIE * statistics.mean(base)) if base else "",
+            "tokens_per_s": statistics.median(x["tokens_per_s"] for x in mine if x["tokens_per_s"]),
+            **memory(config, name), "paper": ROWS[name].paper,
+            "command": " ".join(["python", *(a for a in command(config, name, mine[0]["seed"])
+                                             if not a.startswith(("--data_dir", "--out_dir")))])})
+    return rows
+
+
+def report(config: SweepConfig) -> None:
+    """Write table.csv, table.md with a verdict per claim, and curves.png into the sweep's folder."""
+    out, done = Path(config.out_dir), read_runs(Path(config.out_dir, "runs.jsonl"))
+    rows = table(config, done)
+    if not rows or rows[0]["id"] != "E0":
+        raise ValueError(f"{out}/runs.jsonl has no run of E0 yet; python sweep.py --scale={config.scale} --rows=E0")
+    with open(out / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+    def cell(value: float | str | None) -> str:
+        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    margin = TIE * rows[0]["val_loss_mean"]
+    lines = [f"# The matrix of arXiv 2407.11722 at scale {config.scale}", "",
+             f"`python sweep.py --scale={config.scale} --report` wrote this from {len(done)} runs in runs.jsonl. Loss: "
+             f"validation, nats per token. Difference: to E0 of the same seed, mean +- half of the 95 % interval. "
+             f"tie: all of the interval within {margin:.4f} ({TIE:.1%} of E0). Memory: one step, uncompiled, MiB.", "",
+             "| claim of the paper | difference | verdict |", "|---|---|---|"]
+    for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
+        d = compare(done, name, base)
+        shown = f"{name} - {base}: {d.mean:+.4f} +- {d.half:.4f} ({d.pairs} seeds)" if d.pairs else f"{name} - {base}"
+        shown += f", diverged {d.diverged}" if d.diverged else ""
+        lines.append(f"| {name}: {claim} | {shown} | {judge(d, expected, margin)} |")
+    lines += ["", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows]
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    draw(done, out / "curves.png")
+    print("\n".join(lines) + f"\n\nwrote {out}/table.md, table.csv and curves.png")
+
+
+def draw(done: dict, path: Path) -> None:
+    """Draw validation loss by tokens, the mean over seeds, a column of panels per kind of operand; below, the end."""
+    figure, panels = new_figure(2, len(PANELS), size=(22, 9))
+    for (title, names), (whole, end) in zip(PANELS.items(), panels.T, strict=True):
+        late = []
+        for name in ["E0", *names.split()]:
+            runs = [line["val_loss"] for (row, _), line in done.items() if row == name]
+            points = list(zip(*runs, strict=False))  # as far as all seeds came
+            if points:
+                x = [p[0][1] / 1e6 for p in points]
+                y = [statistics.mean(v for *_, v in p) for p in points]
+                style = dict(color="black", lw=2, zorder=3) if name == "E0" else {}
+                for panel in (whole, end):
+                    panel.plot(x, y, label=name, **style)
+                late += [v for v in y[len(y) // 2:]]
+        end.set(ylim=(min(late) - 0.02, min(sorted(late)[len(late) * 9 // 10] + 0.02, min(late) + 0.5)),
+                xlabel="million tokens")
+        whole.set(title=title)
+        whole.legend()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("validation loss, nats per token")
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Run, show or report."""
+    config = parse(SweepConfig, doc=__doc__)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler speaks of itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
+    with one_line_errors():
+        config.resolve()
+        if config.show:
+            for name, seed in config.runs():
+                print(f"{name}, seed {seed}: " + " ".join([config.launcher or "python", *command(config, name, seed)]))
+        elif config.report:
+            report(config)
+        else:
+            sweep(config)
+
+
+if __name__ == "__main__":
+    main()
