@@ -8,9 +8,12 @@ import json
 import math
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ import prepare_data
 import train
 from support import device
 from support.checkpoint import load_checkpoint
-from support.config import one_line_errors
+from support.config import _owners, differences, one_line_errors, parse
 from support.device import explain_compile_errors
 from support.lock import lock
 from support.log import Log, read_log
@@ -44,9 +47,7 @@ def finished(tmp_path_factory, data):
 @pytest.fixture
 def copy(finished, tmp_path):
     """A copy of that run, to be damaged."""
-    for path in finished.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def one_line(err, message):
@@ -58,33 +59,32 @@ def one_line(err, message):
 # -----------------------------------------------------------------------------
 # one out_dir, one run; asked and chosen
 
-def test_a_second_run_in_the_same_folder_is_refused(run, tmp_path):
-    """While one run holds out_dir, another is refused, resumed or not, and leaves nothing behind."""
+def test_a_second_run_in_the_same_folder_is_refused(run, copy, tmp_path):
+    """While one run holds out_dir, or has left a checkpoint, another is refused, and changes nothing."""
     with lock(tmp_path / "a", ""):
         for flags in ([], ["--resume=auto"]):
             code, _, err = run(tmp_path / "a", *flags)
             assert code == 2 and one_line(err, "another run trains in --out_dir")
         assert not list((tmp_path / "a").iterdir())
-    assert run(tmp_path / "a", "--max_iters=2")[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    code, _, err = run(tmp_path / "a", "--max_iters=2")
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    code, _, err = run(copy, "--max_iters=2")
     assert code == 2 and one_line(err, "holds another run")
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert before == {p.name: p.read_bytes() for p in copy.iterdir()}
 
 
 @pytest.mark.parametrize("resume", ["--resume", "--resume=auto"])
-def test_a_requeued_job_goes_on(resume, run, tmp_path):
+def test_a_requeued_job_goes_on(resume, run, signals, tmp_path):
     """The command line that began a run, all of it, goes on with it, though the run has changed what it was asked."""
-    flags = ["--warmup_iters=100", "--max_iters=6"]  # the warm-up is cut to the run
-    run(tmp_path / "whole", *flags, "--lr_decay_iters=100")
-    if resume == "--resume=auto":  # starts where there is nothing to resume
-        assert run(tmp_path / "cut", *flags, "--lr_decay_iters=100", "--max_iters=4", resume)[0] == 0
-    else:
-        run(tmp_path / "cut", *flags, "--lr_decay_iters=100", "--max_iters=4")
-    assert run(tmp_path / "cut", *flags, "--lr_decay_iters=100", resume)[0] == 0
+    _, out, _ = run(tmp_path / "whole", "--warmup_iters=100")
+    assert "warmup_iters=6 (the whole run)" in out
+    signals(signal.SIGTERM, 3)
+    flags = ["--warmup_iters=100"] + [resume] * (resume == "--resume=auto")  # which starts where there is nothing yet
+    assert run(tmp_path / "cut", *flags)[0] == 128 + signal.SIGTERM
+    signals()
+    assert run(tmp_path / "cut", "--warmup_iters=100", resume)[0] == 0
     assert read(tmp_path / "cut")[1:] == read(tmp_path / "whole")[1:]
     assert same(*(load_checkpoint(tmp_path / name)["optimizer"] for name in ("cut", "whole")))
-    code, out, err = run(tmp_path / "cut", *flags, "--lr_decay_iters=100", resume)
+    code, out, err = run(tmp_path / "cut", "--warmup_iters=100", resume)
     assert code == (0 if resume == "--resume=auto" else 2) and "has finished its 6 steps" in out + err
 
 
@@ -151,7 +151,7 @@ def test_every_flipped_bit_of_a_tensor_is_noticed(copy):
             load_checkpoint(copy)
 
 
-WRONG = [None, [], {}, "x", -1.5, torch.zeros(3)]
+WRONG = [None, {}, "x", torch.zeros(3)]
 
 
 def edits(checkpoint):
@@ -161,11 +161,11 @@ def edits(checkpoint):
         for wrong in WRONG:
             if type(wrong) is not type(checkpoint[key]):
                 yield f"{key}={wrong!r}", {**checkpoint, key: wrong}
-    for key in ("n_layer", "dataset", "dtype", "wbits", "lr_decay_iters", "seed"):
+    for key in ("n_layer", "dataset", "lr_decay_iters"):
         for place in ("config", "asked"):
             inner = checkpoint[place]
             yield f"{place} without {key}", {**checkpoint, place: {k: v for k, v in inner.items() if k != key}}
-            for wrong in WRONG[:4]:
+            for wrong in WRONG[:3]:
                 if inner[key] is not wrong and not (key == "dataset" and wrong == "x"):
                     yield f"{place}.{key}={wrong!r}", {**checkpoint, place: {**inner, key: wrong}}
     name = next(iter(checkpoint["model"]))
@@ -184,15 +184,14 @@ def test_edited_checkpoints(copy, run, call):
     checkpoint, refused = load_checkpoint(copy), 0
     for name, edited in edits(checkpoint):
         torch.save(edited, copy / "ckpt.pt")
+        code, _, err = call(evaluation.main, f"--ckpt={copy}", "--sample_tokens=0", "--device=cpu")
+        assert code in (0, 2) and "Traceback" not in err, (name, err)
         code, _, err = run(copy, "--resume", "--max_iters=5", small=[])
         fits = code == 0 and re.match(r"(config|asked)[ .]", name)  # what has a default, or a value of its type
         assert fits or code == 2 and err.count("\n") <= 2, (name, err)
         assert "Traceback" not in err, (name, err)
         refused += code == 2
-        torch.save(edited, copy / "ckpt.pt")
-        code, _, err = call(evaluation.main, f"--ckpt={copy}", "--sample_tokens=0", "--device=cpu")
-        assert code in (0, 2) and "Traceback" not in err, (name, err)
-    assert refused > 60
+    assert refused > 40
 
 
 @pytest.mark.parametrize("damage", [
@@ -214,8 +213,7 @@ def test_a_damaged_log_stops_nobody(damage, copy, run):
 # errors for the user, and errors of ours
 
 @pytest.mark.parametrize("command, code, message", [
-    ("train.py --wbit=8", 2, "did you mean --wbits?"), ("train.py --n_embd=66", 2, "must divide --n_embd=66"),
-    ("bench.py --rounds=0", 2, "at least 1"),
+    ("train.py --n_embd=66", 2, "must divide --n_embd=66"), ("bench.py --rounds=0", 2, "at least 1"),
     ("eval.py --prompt=x --sample_tokens=0", 2, "--prompt=x has no effect"), ("train.py --help", 0, "--wbits")])
 def test_a_bad_command_line_does_not_wait_for_torch(command, code, message):
     """Refused, and --help, without importing torch or numpy, which takes two seconds of CPU time."""
@@ -227,32 +225,25 @@ def test_a_bad_command_line_does_not_wait_for_torch(command, code, message):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--preset", "w8a8", "--agran=per_tensor"], ["--preset=w8a8", "--agran=per_tensor"],
-    ["--n-embd=64", "--wbits", "8"]])
-def test_a_good_command_line_is_not_refused_early(flags, data, tmp_path):
-    """Spelt with blanks, with a preset that a flag needs, with sizes that only tiny takes: it trains."""
-    small = [flag for flag in SMALL if not flag.startswith(("--preset", "--n_"))]
-    small += [f"--data_dir={data}", f"--out_dir={tmp_path}", "--max_iters=1"]
-    done = subprocess.run([sys.executable, "train.py", *small, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("config:") == 1
+    "--preset w8a8 --agran=per_tensor", "--preset=w8a8 --agran=per_tensor", "--n-embd=64 --n-head 16 --wbits 8"])
+def test_a_good_command_line_is_not_refused_early(flags):
+    """Spelt with blanks, with a preset that a flag needs, with sizes of tiny: it gets as far as the data."""
+    command = [sys.executable, "train.py", *flags.split(), "--device=cpu", "--dataset=nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and one_line(done.stderr, "there is no prepared dataset")
 
 
 @pytest.mark.parametrize("name, peak", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA RTX A1000", None),
-    ("NVIDIA A10", None), ("NVIDIA GeForce RTX 3090 Ti", None)])
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA RTX A1000", None)])
 def test_peaks_go_by_the_whole_name(name, peak, monkeypatch):
     """MFU takes a data sheet's number for that very card; for others, laptops' too, it measures."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch, "randn", lambda *_, **__: (_ for _ in ()).throw(LookupError))  # measuring begins
     monkeypatch.setattr(device, "fast_bfloat16", lambda device: True)
     config = train.TrainConfig(dtype="bfloat16")
-    if peak:
+    with nullcontext() if peak else pytest.raises(LookupError):
         assert device.peak_flops(config, "cuda:0") == peak
-    else:
-        with pytest.raises(LookupError):
-            device.peak_flops(config, "cuda:0")
 
 
 def test_a_broken_compile_cache_is_named(capsys):
@@ -270,6 +261,7 @@ def test_a_terminal_without_the_character(monkeypatch):
     evaluation.show("caf\u00e9")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf?\n"
+
 
 def test_only_what_we_raise_is_one_line(capsys):
     """A ValueError that we raise is for the user; one from a library or from Python is a bug, with traceback."""
@@ -291,24 +283,11 @@ def test_nan_is_no_json(tmp_path):
         log.write(loss=math.nan)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--learning_rate=1e-4"], "--min_lr=0.0003 exceeds --learning_rate=0.0001"), (["--out_dir="], "is empty"),
-    (["--n_layer=100000000000000000000"], "this machine has"), (["--batch_size=1000000000"], "this machine has"),
-    (["--seed=100000000000000000000"], "--seed"), (["--wbits=--"], "wbits"), (["--resume"], "there is no checkpoint")])
-def test_flags_that_cannot_be_meant(flags, message, run, tmp_path):
-    """Contradictions, nothing, and absurd sizes: one line, at once."""
-    code, _, err = run(tmp_path / "a", *flags)
-    assert code == 2 and one_line(err, message)
-
-
-@pytest.mark.parametrize("presets, differs", [
-    ("tiny,gpt2", {}), ("gpt2,tiny", {"n_layer": 4}), ("gpt2,w8a8,E0", {})])
-def test_the_last_preset_wins(presets, differs):
+def test_the_last_preset_wins():
     """A size after a size, and the baseline after a recipe, undo what came before."""
-    from support.config import differences, parse
-    config = parse(train.TrainConfig, [f"--preset={presets}"], PRESETS)
-    found = differences(config)
-    assert all(found[k] == v for k, v in differs.items()) and (differs or set(found) == {"preset"})
+    tiny, small, last = (parse(train.TrainConfig, [f"--preset={names}"], PRESETS)
+                         for names in ("gpt2,tiny", "tiny,gpt2", "gpt2,w8a8,E0"))
+    assert tiny.model.n_layer == 4 and set(differences(small)) == set(differences(last)) == {"preset"}
 
 
 PROGRAMS = {"train": (train.main, train.TrainConfig), "eval": (evaluation.main, evaluation.EvalConfig),
@@ -332,7 +311,6 @@ def test_fuzz_of_command_lines(call, tmp_path, monkeypatch, pytestconfig):
                          (bench, "bench_gemm")):
         monkeypatch.setattr(module, name, begins)
     monkeypatch.chdir(tmp_path)
-    from support.config import _owners
     rng, refused = random.Random(1), 0
     for _ in range(pytestconfig.getoption("fuzz")):
         main, cls = PROGRAMS[rng.choice(list(PROGRAMS))]
