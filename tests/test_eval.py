@@ -1,12 +1,13 @@
-"""Validation loss: one number, whatever the batch size, the processes and the file that prints it."""
+"""Validation loss: one number, whatever the batch size and the file that prints it.
+
+(On two processes: test_train.py.)
+"""
 
 import math
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from conftest import column
 
 import eval as evaluation
@@ -45,25 +46,7 @@ def test_the_loss_is_one_number(name):
     assert evaluate(model, windows(), 3) == found[1] and not model.training
 
 
-def rank_loss(rank, world, port, results):
-    """Evaluate as one of several processes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    results[rank] = evaluate(gpt("w8a8"), windows(), 2)
-
-
-def test_the_loss_is_the_same_on_two_processes():
-    """Seven windows over two ranks: both get the number of one process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = multiprocessing.get_context("spawn").Manager().dict()
-    multiprocessing.spawn(rank_loss, (2, port, results), nprocs=2)
-    assert [results[0], results[1]] == pytest.approx([evaluate(gpt("w8a8"), windows(), 2)] * 2, rel=1e-6)
-
-
 def test_windows():
-    """Windows do not overlap but for the one token that is target there and input here; eval_tokens spreads them."""
     tokens = np.arange(103, dtype=np.uint16)
     all_of_them = val_windows(tokens, 10)
     assert all_of_them.shape == (10, 11) and (all_of_them == np.arange(0, 100, 10)[:, None] + np.arange(11)).all()
@@ -74,14 +57,12 @@ def test_windows():
 
 
 def test_entropy_and_bits():
-    """Four equally frequent tokens have ln 4 nats; 2 ln 2 nats per token at 4 bytes a token are half a bit per byte."""
     assert unigram_entropy(np.array([0, 1, 2, 3] * 5)) == pytest.approx(math.log(4))
     assert unigram_entropy(np.array([7] * 5)) == 0
     assert bits_per_byte(2 * math.log(2), {"tokens": 10, "bytes": 40}) == pytest.approx(0.5)
 
 
 def test_sample_continues_the_prompt():
-    """A sample begins with its prompt, depends on the seed only, and leaves the model in training mode."""
     model = gpt("fp32", 257)
     texts = [sample(model, "bytes", "def f", 30, seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("def f") and model.training

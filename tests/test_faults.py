@@ -265,9 +265,11 @@ def test_a_terminal_without_the_character(monkeypatch):
 
 def test_only_what_we_raise_is_one_line(capsys):
     """A ValueError that we raise is for the user; one from a library or from Python is a bug, with traceback."""
-    with pytest.raises(SystemExit), one_line_errors():
-        prepare_data.get_tokenizer("nonsense")
-    assert capsys.readouterr().err == "error: unknown tokenizer 'nonsense'; use bytes or gpt2\n"
+    for quiet in (False, True):  # True: but one process of a group
+        with pytest.raises(SystemExit) as end, one_line_errors(quiet):
+            prepare_data.get_tokenizer("nonsense")
+        said = "" if quiet else "error: unknown tokenizer 'nonsense'; use bytes or gpt2\n"
+        assert end.value.code == 2 and capsys.readouterr().err == said
     for work in (lambda: torch.zeros(3).view(2), lambda: int("x"), lambda: json.loads("{")):
         with pytest.raises((ValueError, RuntimeError)), one_line_errors():
             work()

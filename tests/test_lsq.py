@@ -30,19 +30,15 @@ def test_gradients_are_the_papers(bits):
 
 
 def test_steps_begin_at_the_weights():
-    """Built, a model's steps fit its weights; the embedding, tied to lm_head, has none."""
+    """Built, a model's steps fit its weights; the embedding, tied to lm_head, has none. Zeros are legal."""
     model = GPT(GPTConfig(1, 2, 32, 16), 50, extensions.linears({"n_layer": 1, "lsq_bits": 4}))
     layers = [m for m in model.modules() if getattr(m, "reparam", None)]
     assert len(layers) == 4 and model.lm_head.reparam is None
     for layer in layers:
         assert layer.reparam.s.item() == pytest.approx(2 * layer.weight.abs().mean().item() / 7 ** 0.5)
-
-
-def test_zeros_are_legal():
-    """A weight of zeros has a step, and stays zero."""
-    step = LearnedStep(torch.zeros(4, 4), 4, 1.0)
-    step.start(torch.zeros(4, 4))
-    assert torch.equal(step(torch.zeros(4, 4)), torch.zeros(4, 4))
+    step, zeros = LearnedStep(torch.zeros(4, 4), 4, 1.0), torch.zeros(4, 4)
+    step.start(zeros)
+    assert torch.equal(step(zeros), zeros)
 
 
 def test_a_run_learns_its_steps(run, tmp_path):
