@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import math
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -368,19 +367,18 @@ def test_6_bytes_of_the_state(bits, each, total):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
-@pytest.mark.parametrize(("compile", "copies"), [(True, 8), (False, 24)])
-def test_6_temporary_memory(compile, copies):
+def test_6_temporary_memory():
     """A step of 16M elements takes a few fp32 pieces of 1M, and no copy of the tensor."""
     def memory(field):  # bytes of this process: VmRSS now, VmHWM at most
         return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
-    (p,), opt = make(DEFAULT8, [(4096, 4096)], compile=compile)
-    walk(*make(DEFAULT8, [(64, 256)], compile=compile), range(2))  # compiles
+    (p,), opt = make(DEFAULT8, [(4096, 4096)], compile=True)
+    walk(*make(DEFAULT8, [(64, 256)], compile=True), range(2))  # compiles
     p.grad = torch.ones_like(p)
     opt.describe()  # allocates the state, and touches it
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = memory("VmRSS:")
     opt.step()
-    assert memory("VmHWM:") - before < copies * 4 * optim.PIECE
+    assert memory("VmHWM:") - before < 8 * 4 * optim.PIECE
 
 
 class TinyGPT(nn.Module):
@@ -400,7 +398,7 @@ def test_7_two_graphs_and_the_bits_of_eager(monkeypatch):
     optim.compiled_update.cache_clear()
     monkeypatch.setattr(optim, "PIECE", 20_000)
     # In one process: dynamo's limit of recompilations (8; here 2) and what it has seen vary are each format's own.
-    for flags in (DEFAULT8, NEAREST8, DEFAULT4, DYNAMIC8, dict(m1bits=8, m1fmt="linear")):
+    for flags in (DEFAULT8, DEFAULT4, DYNAMIC8, dict(m2bits=8, m2fmt="linear")):
         model, config, before = TinyGPT(), OptimConfig(**flags), graphs["unique_graphs"]
         sides = [([*m.parameters()], AdamW(param_groups(m, config), 1e-3, config, compile=compile))
                  for m, compile in ((model, True), (copy.deepcopy(model), False))]
@@ -513,28 +511,3 @@ def test_param_groups(membed32, table):
     del saved["param_groups"][3]["lr_scale"]  # what a checkpoint does not say stays as it is here
     opt2.load_state_dict(saved)
     assert [g.get("lr_scale", g.get("note")) for g in opt2.param_groups] == [5, None, None, 0.1, 1.0]
-
-
-def ddp_rank(rank, folder):
-    """Train three steps as one of two processes; save parameters and state."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Linear(80, 70))
-    opt = AdamW(model.parameters(), 1e-3, OptimConfig(**NOISY4), compile=False)
-    torch.manual_seed(rank + 1)  # ranks see different data and have different generators
-    for _ in range(3):
-        opt.zero_grad()
-        model(torch.randn(16, 80)).square().sum().backward()
-        opt.step()
-    torch.save([*model.parameters(), *(t for state in opt.state.values() for t in state.values())], f"{folder}/{rank}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_hold_identical_codes(tmp_path):
-    """Two processes under DDP with stochastic rounding: no bit differs."""
-    multiprocessing.set_forkserver_preload(["optim"])
-    torch.multiprocessing.start_processes(ddp_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    assert same(*ranks) and len(ranks[0]) == 9 and ranks[0][3].dtype == torch.uint8
