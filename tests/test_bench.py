@@ -64,11 +64,14 @@ def test_memory_of_a_step():
     assert a["peak"] < a["parameters"] + a["optimizer"] + a["kept"] + a["gradients"] + 2 * 320 * 64 * 4 / 2**20
 
 
-def test_compiled_keeps_less():
-    """README: compiled, W8A8 keeps clearly less than E0, though not as codes; the peak of the step falls with it."""
+def test_compiled_keeps_less(monkeypatch):
+    """README: compiled, W8A8 keeps clearly less than E0, though not as codes."""
+    # what is kept is decided before code is generated, which takes a minute: this backend leaves that out
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
     c = config(batch_size=16, compile=True, model=GPTConfig(**SHAPE | {"block_size": 64}))
-    a, b = (v.step() or v.memory() for v in (Variant("E0", c, "cpu"), Variant("w8a8", c, "cpu")))
-    assert b["kept"] < 0.75 * a["kept"] and b["peak"] < a["peak"]
+    variants = Variant("E0", c, "cpu"), Variant("w8a8", c, "cpu")
+    a, b = (kept_for_backward(v.forward, v.model)[0] for v in variants)
+    assert b < 0.75 * a
 
 
 def test_real_bytes_of_states():
@@ -113,7 +116,7 @@ def test_step_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("what, column, count, flags", [
-    ("step", "peak", 4, "--batch_size=2 --rounds=1 --compile=False --variants=E0,plain,lsq4+adam8,keep8"),
+    ("step", "peak", 3, "--batch_size=2 --rounds=1 --compile=False --variants=E0,plain,lsq4+adam8"),
     ("optimizer", "x fused", len(bench.OPTIMIZERS), "--vocab_size=60 --rounds=1 --compile=False"),
     ("memory", "linears, MiB", 4, "--batch_size=2 --dtype=bfloat16"),
     ("gemm", "roofline 8, ms", 12, "--batch_size=2 --rounds=1 --compile=False --dtype=float32")])
@@ -125,12 +128,12 @@ def test_command_line(what, column, count, flags, call, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--variants=w8a8", "must hold E0"), ("--variants=E0,w8a8+gpt2", "must hold E0"), ("--rounds=0", "at least 1"),
+    ("--variants=w8a8", "must hold E0"), ("--variants=E0,w8a8+gpt2", "must hold E0"),
     ("--variants=E0,plain+w8a8", "must hold E0"), ("--variants=E0,E0", "none twice"), ("--peers", "--peers"),
     ("--variants=E0,lsq4+w8a8 --n_layer=1", "the weights twice"), ("--keep8=both", "a variant says so itself"),
-    ("--n_layer=1 --heads=6", "--heads=(6,) has no effect"), ("--n_layer=1 --hidden=8", "--hidden=(8,) has no effect"),
-    ("--what=memory --variants=E0,plain", "plain is no"), ("--what=gemm --n_layer=7", "--n_layer=7 has no effect"),
-    ("--what=optimizer --variants=E0", "no effect with --what=optimizer")])
+    ("--n_layer=1 --heads=6", "--heads=(6,) has no effect"), ("--what=memory --variants=E0,plain", "plain is no"),
+    ("--what=gemm --n_layer=7", "--n_layer=7 has no effect"),
+    ("--what=optimizer --variants=E0", "no effect with --what=optimizer"), ("--rounds=0", "at least 1")])
 def test_bad_flags_are_one_line(flags, words, call):
     code, out, err = call(bench.main, *flags.split())
     assert code == 2 and words in err.splitlines()[-1] and len(err.splitlines()) <= 2 and not out

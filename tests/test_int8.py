@@ -106,13 +106,13 @@ def test_folded_gradients(flags, least, most, dtype):
             assert least < (ours - exact).norm() / exact.norm() < most
 
 
-@pytest.mark.parametrize("wgran", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("agran", ["per_token", "per_tensor"])
 @pytest.mark.parametrize("flags", [{}, PER_ROW, dict(PER_ROW, ggemm="grad_weight"),
                                    dict(PER_ROW, gbits=5, ggemm="grad_input")], ids=["", "both", "dw", "dx"])
-def test_equals_simulated(flags, agran, wgran):
+def test_equals_simulated(flags):
     """All three GEMMs agree with --gemm=simulate under every supported combination; one on a float is quant.gemm."""
-    for m, k, n in ((1, 7, 3), (33, 64, 20), (40, 3072, 9)):
+    sizes = (1, 7, 3), (33, 64, 20), (40, 3072, 9)
+    grans = product(("per_channel", "per_tensor"), ("per_token", "per_tensor"))
+    for (m, k, n), (wgran, agran) in product(sizes, grans):
         x, w, g = normal(m, k), normal(n, k, seed=1) * 0.02, normal(m, n, seed=2) * 1e-4
         out = []
         for recipe in recipes(dict(flags, wgran=wgran, agran=agran)):
@@ -120,16 +120,6 @@ def test_equals_simulated(flags, agran, wgran):
             out.append((y, *quant.linear_backward(g, qx, qw, recipe)))
         for simulated, ours in zip(*out, strict=True):
             assert ours.dtype == simulated.dtype and close(ours, simulated, 2 * math.sqrt(k) + 4)
-
-
-@pytest.mark.parametrize("flags, gemms", [({}, 1), (PER_ROW, 3)], ids=["W8A8", "W8A8G8"])
-def test_really_on_integers(flags, gemms, monkeypatch):
-    """One GEMM goes to the integer units, with folded gradients all three; x and w are kept in a byte, and scales."""
-    layer, calls = QuantLinear(256, 128, recipe=recipes(flags)[1]), []
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.dtype) or (a.int() @ b.int()))
-    run(layer, normal(512, 256), normal(512, 128))
-    assert calls == [torch.int8] * gemms
-    assert kept(layer, normal(512, 256)) == 512 * 256 + 128 * 256 + 4 * (512 + 128)
 
 
 @both_dtypes
@@ -144,10 +134,14 @@ def test_model_equals_simulated(dtype):
         assert (ours - simulated).norm() / simulated.norm().clamp_min(1e-12) < bound
 
 
-def test_compiled_and_checkpointed_equal_eager():
+def test_compiled_and_checkpointed_equal_eager(monkeypatch):
     """torch.compile changes nothing but the rounding of sums; recomputed in backward, every bit is the same."""
     layer, x, g = QuantLinear(33, 20, False, recipes(PER_ROW)[1]), normal(17, 33), normal(17, 20, seed=1)
-    eager = run(layer, x, g)
+    calls, int_mm = [], torch._int_mm
+    with monkeypatch.context() as patch:  # all three GEMMs go to the integer units; x and w are kept in a byte
+        patch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.dtype) or int_mm(a, b))
+        eager = run(layer, x, g)
+    assert calls == [torch.int8] * 3 and kept(layer, x) == 17 * 33 + 20 * 33 + 4 * (17 + 20)
     assert all(close(a, b, 8) for a, b in zip(eager, run(torch.compile(layer), x, g), strict=True))
     y = checkpoint(layer, x.requires_grad_(), use_reentrant=False)
     assert all(map(bitwise, eager, [y.detach(), *torch.autograd.grad(y, [x, layer.weight], g)]))
