@@ -196,19 +196,25 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = linear(f"h.{block}.attn.c_attn", config.n_embd, 3 * width, config.bias)
         self.c_proj = linear(f"h.{block}.attn.c_proj", width, config.n_embd, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, T, C) over time."""
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """Mix x (B, T, C) over time, and with the tokens before it: past, see `mix`."""
         qkv = self.c_attn(x)  # (B, T, 3 width)
-        y = keep8(self.mix, qkv, self.head_size) if self.keep8 else self.mix(qkv)
+        y = keep8(self.mix, qkv, self.head_size) if self.keep8 and past is None else self.mix(qkv, past)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def mix(self, qkv: Tensor) -> Tensor:
-        """Attend: q, k and v side by side (B, T, 3 width) -> (B, T, width)."""
+    def mix(self, qkv: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """Attend: q, k and v side by side (B, T, 3 width) -> (B, T, width); past: [] or [k, v] of before, updated."""
         B, T, width = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2)
                    for t in qkv.split(width, dim=2))  # (B, heads, T, head size) each
+        if past:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, heads, T with the past, head size)
+            assert T == 1, f"{T} tokens at once behind others need a mask"
+        if past is not None:
+            past[:] = k, v
+        causal = past is None or T == k.shape[2]  # else one token, which sees them all
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
         return y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again
 
 
@@ -242,9 +248,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config, linear, block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         """Add attention and MLP to the residual stream x (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -291,14 +297,18 @@ class GPT(nn.Module):
             if hasattr(getattr(layer, "reparam", None), "start"):
                 layer.reparam.start(layer.weight)
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """Return the last hidden states (B, T, C), in self.dtype, of the tokens idx (B, T)."""
-        T = idx.shape[1]
+    def hidden(self, idx: Tensor, cache: list[list] | None = None) -> Tensor:
+        """Return the last hidden states (B, T, C), in self.dtype, of the tokens idx (B, T).
+
+        Args: cache: one list a block, [] at first, then keys and values of the tokens seen, which idx goes on from.
+        """
+        seen = cache[0][0].shape[2] if cache and cache[0] else 0
+        T = seen + idx.shape[1]
         assert T <= self.config.block_size, f"{T} tokens, a context of {self.config.block_size}"
-        x = self.ln_e(self.wte(idx)) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = self.ln_e(self.wte(idx)) + self.wpe(torch.arange(seen, T, device=idx.device))  # (B, T, C)
         x = F.dropout(x.to(self.dtype), self.config.dropout, self.training)  # fp32 until here
-        for block in self.h:
-            x = block(x)
+        for block, past in zip(self.h, cache or [None] * len(self.h), strict=True):
+            x = block(x, past)
         return self.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -310,18 +320,28 @@ class GPT(nn.Module):
         w, recipe = (head.used_weight(), head.recipe) if isinstance(head, QuantLinear) else (head.weight, None)
         return linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), self.vocab_size, recipe)
 
+    def next_logits(self, idx: Tensor, cache: list[list] | None = None) -> Tensor:
+        """Return the fp32 logits (B, vocab_size) of what follows idx (B, T); a cache, see `hidden`, saves the past."""
+        if cache is not None and idx.shape[1] <= self.config.block_size:
+            x = self.hidden(idx[:, cache[0][0].shape[2] if cache[0] else 0:], cache)
+        else:  # a window that slides gives every token another position
+            x = self.hidden(idx[:, -self.config.block_size:])
+        return self.lm_head(x[:, -1:])[:, 0, :self.vocab_size].float()
+
     @torch.no_grad()
     def generate(self, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
-                 seed: int = 0) -> Tensor:
+                 seed: int = 0, cached: bool = False) -> Tensor:
         """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text.
 
-        Args: temperature: 0 takes the likeliest token.  top_k: draw from so many of the likeliest tokens, 0: from all.
+        Args:
+            temperature: 0 takes the likeliest token.  top_k: draw from so many of the likeliest tokens, 0: from all.
+            cached: keep keys and values. Not where tokens share scales: old ones would change with every new one.
         """
         generator, was_training = torch.Generator().manual_seed(seed), self.training
         self.eval()  # dropout draws from another generator
+        cache = [[] for _ in self.h] if cached else None
         for _ in range(new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:])[:, -1:]  # (B, 1, C)
-            logits = self.lm_head(x)[:, 0, :self.vocab_size].float().cpu() / (temperature or 1.0)  # (B, V)
+            logits = self.next_logits(idx, cache).cpu() / (temperature or 1.0)  # (B, V)
             most = min(top_k or self.vocab_size, self.vocab_size) if temperature else 1
             least = logits.topk(most).values[:, -1:]  # (B, 1): less likely tokens get probability 0
             probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
