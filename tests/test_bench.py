@@ -83,29 +83,6 @@ def test_real_bytes_of_states():
     assert real_bytes({"a parameter": state}) == 5 + 8 + 4
 
 
-def test_gemm_rows(monkeypatch):
-    """With known times: which side is which, and the roofline: traffic decides in some, arithmetic in others."""
-    def seconds(work, device):
-        work()
-        name = type(work.args[0]).__name__ if isinstance(work, partial) else work.__name__
-        return {"Quantized": 1e-3, "Tensor": 3e-3, "clone": 0.0175}.get(name, 0.01)  # the large GEMMs
-    monkeypatch.setattr(bench, "seconds", seconds)
-    monkeypatch.setitem(bench.LARGE, "cpu", 256)
-    model = GPTConfig(n_head=2, n_embd=64, block_size=16)
-    rows = bench.bench_gemm(config(what="gemm", variants=BenchConfig.variants, rounds=3, model=model), "cpu")[1]
-    assert len(rows) == 12 and rows[0]["rows x inner x columns"] == "32 x 64 x 192"
-    deciding = set()  # whether it is arithmetic
-    for row in rows:
-        r, k, s = map(int, row["rows x inner x columns"].split(" x "))
-        assert row["float32, ms"] == 3 and row["int8, ms"] == 1 and row["x float32"] == pytest.approx(1 / 3)
-        for column, size in (("roofline, ms", 4), ("roofline 8, ms", 1)):
-            arithmetic = 0.01 * r * k * s / 256**3
-            traffic = 0.0175 * ((r + s) * k * size + r * s * 4) / (2 * 8 * 256**2 * 4)
-            assert row[column] == pytest.approx(1e3 * max(arithmetic, traffic))
-            deciding.add(arithmetic > traffic)
-    assert deciding == {True, False}
-
-
 def test_step_rows(monkeypatch):
     """tokens/s and MFU follow from the times: 2 x 16 tokens in 4 ms against a peak of 1 TFLOP/s."""
     monkeypatch.setattr(bench, "seconds", lambda work, device: work() or 4e-3)

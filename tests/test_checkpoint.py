@@ -53,7 +53,6 @@ def test_round_trip(quant, shape, tmp_path):
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace", "full disk"])
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
 def test_a_failing_write_keeps_the_old_checkpoint(error, where, tmp_path, monkeypatch):
-    """Whatever fails after some bytes are out: one line, the old file whole, no .tmp beside it."""
     path, flushed, fsync = tmp_path / "ckpt.pt", [], os.fsync
 
     def fail(*args):
@@ -106,7 +105,6 @@ def test_what_is_no_checkpoint(content, tmp_path, monkeypatch):
     (dict(block_size=8), r"wpe.weight has shape \(8, 32\), the model \(16, 32\)"),
     (dict(vocab=65), r"wte.weight has shape \(128, 32\), the model \(64, 32\)")])
 def test_weights_of_another_shape(other, message):
-    """Weights that do not fit are refused by the name of the first tensor at fault and its two shapes."""
     weights = gpt(**other).state_dict()
     with pytest.raises(ValueError, match="somewhere: .*" + message):
         load_weights(gpt(), weights, "somewhere")
@@ -115,7 +113,7 @@ def test_weights_of_another_shape(other, message):
 def test_load_weights_copies():
     """A longer context is cut, padding rows may be missing and stay; the source is neither aliased nor changed."""
     model, source, fresh = gpt(), gpt(seed=4, wide=True, block_size=20).state_dict(), gpt().state_dict()
-    source["wte.weight"] = source["wte.weight"][:50]
+    padded, source["wte.weight"] = source["wte.weight"], source["wte.weight"][:50]
     before, built = copy.deepcopy(source), model.wte.weight
     load_weights(model, source, "test")
     assert model.wte.weight is built is model.lm_head.weight and same(source, before)
@@ -124,6 +122,8 @@ def test_load_weights_copies():
         assert torch.equal(t[:rows], source[name][:rows]) and torch.equal(t[rows:], fresh[name][rows:])
     model.wpe.weight.data.zero_()
     assert same(source, before)
+    load_weights(model, {**source, "wte.weight": padded}, "with the padding rows")
+    assert torch.equal(model.wte.weight[:50], padded[:50])
     for bad, message in ((torch.zeros(49, 32), r"shape \(49, 32\)"), (torch.full((50, 32), math.nan), "not finite")):
         with pytest.raises(ValueError, match="wte.weight .*" + message):
             load_weights(model, {**source, "wte.weight": bad}, "test")
@@ -231,7 +231,6 @@ def test_folders_that_are_not_our_gpt2(name, content, tmp_path):
 
 
 def test_what_has_no_export(tmp_path, monkeypatch):
-    """What the layout cannot hold is refused; where safetensors is not installed, the error says how to get it."""
     head = gpt()
     head.lm_head.reparam = nn.PReLU()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -242,7 +241,7 @@ def test_what_has_no_export(tmp_path, monkeypatch):
 
 
 def test_other_spellings_of_the_same_gpt2(tmp_path):
-    """Two files and their index, n_inner = 4 n_embd, gelu_pytorch_tanh, and 64 rows for 50 tokens are our GPT-2 too."""
+    """Two files and their index, n_inner = 4 n_embd, and gelu_pytorch_tanh are our GPT-2 too."""
     safetensors = pytest.importorskip("safetensors.torch")
     export_hf(gpt(), tmp_path)
     source, state = load_hf(tmp_path), safetensors.load_file(tmp_path / "model.safetensors")
@@ -255,12 +254,7 @@ def test_other_spellings_of_the_same_gpt2(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"n_inner": 4 * config["n_embd"], "activation_function": "gelu_pytorch_tanh"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = load_hf(tmp_path)
-    assert same(found, source)
-    padded = torch.cat((found["model"]["wte.weight"], torch.zeros(14, 32)))
-    model = gpt()
-    load_weights(model, {**found["model"], "wte.weight": padded}, "a file with padding rows")
-    assert torch.equal(model.wte.weight[:50], found["model"]["wte.weight"])
+    assert same(load_hf(tmp_path), source)
 
 
 def test_an_exported_tokenizer_is_gpt2s(tmp_path):

@@ -92,7 +92,6 @@ def test_a_requeued_job_goes_on(resume, run, signals, tmp_path):
 # divergence is a result, and never replaces what was good
 
 def test_divergence_in_training(run, tmp_path):
-    """A non-finite loss ends the run with code 3 and its own status; the last checkpoint is finite."""
     code, out, err = run(tmp_path / "a", "--learning_rate=1e30", "--min_lr=1e30", "--grad_clip=0", "--warmup_iters=0")
     assert code == 3 and "diverged at step 1" in out and not err
     assert read(tmp_path / "a")[-1] == {"status": "diverged", "step": 1}
@@ -123,7 +122,6 @@ def test_divergence_noticed_elsewhere(what, run, tmp_path, monkeypatch):
 
 
 def test_evaluating_a_diverged_model(copy, call):
-    """eval.py says that a model is not finite, by name."""
     checkpoint = load_checkpoint(copy)
     checkpoint["model"]["h.0.mlp.c_fc.weight"][0, 0] = math.nan
     torch.save(checkpoint, copy / "ckpt.pt")
@@ -247,7 +245,6 @@ def test_peaks_go_by_the_whole_name(name, peak, monkeypatch):
 
 
 def test_a_broken_compile_cache_is_named(capsys):
-    """What dynamo or Inductor raise becomes one line that names the folder to delete."""
     with pytest.raises(SystemExit), one_line_errors(), explain_compile_errors():
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, OSError("x.so: file too short"), None)
     err = capsys.readouterr().err
@@ -255,7 +252,6 @@ def test_a_broken_compile_cache_is_named(capsys):
 
 
 def test_a_terminal_without_the_character(monkeypatch):
-    """A sample that the terminal cannot show is printed with question marks, and ends nothing."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)
     evaluation.show("caf\u00e9")
@@ -279,14 +275,12 @@ def test_only_what_we_raise_is_one_line(capsys):
 
 
 def test_nan_is_no_json(tmp_path):
-    """The log refuses what JSON cannot hold, rather than write what no other program can read."""
     log = Log(train.TrainConfig(out_dir=str(tmp_path)), 0, True)
     with pytest.raises(ValueError, match="JSON"):
         log.write(loss=math.nan)
 
 
 def test_the_last_preset_wins():
-    """A size after a size, and the baseline after a recipe, undo what came before."""
     tiny, small, last = (parse(train.TrainConfig, [f"--preset={names}"], PRESETS)
                          for names in ("gpt2,tiny", "tiny,gpt2", "gpt2,w8a8,E0"))
     assert tiny.model.n_layer == 4 and set(differences(small)) == set(differences(last)) == {"preset"}

@@ -72,21 +72,6 @@ def test_transposed_operands_with_an_axis_of_one(m, k, n):
 # -----------------------------------------------------------------------------
 # the scales that a gradient takes up, and the layer
 
-def test_fold_moves_the_scales():
-    """A @ (codes * s).T = (A * s) @ codes.T: without rounding of A, folding changes nothing (float64)."""
-    b, a = ROW.quantize(normal(6, 10)).T, normal(4, 6, seed=3)  # b (10, 6), scales along its columns
-    folded, codes = quant.fold(replace(ROW, fold=True), a, b)
-    scales = b.scale.reshape(1, -1)
-    assert torch.equal(restore(folded), ROW(a * scales))
-    assert codes.scale.numel() == 1 and torch.equal(codes.codes, b.codes)
-    exact = a.double() @ restore(b).double().T
-    assert torch.allclose((a.double() * scales.double()) @ codes.codes.double().T, exact, rtol=1e-6, atol=1e-9)
-    plain, same = quant.fold(ROW, a, b)  # other granularities are left as they are
-    assert same is b and torch.equal(plain.codes, ROW.quantize(a).codes)
-    with pytest.raises(AssertionError, match="zero points"):  # which do not factor out
-        quant.fold(replace(ROW, fold=True), a, replace(ROW, asym=True).quantize(normal(6, 10)).T)
-
-
 @both_dtypes
 @pytest.mark.parametrize("flags, least, most", [(PER_ROW, 1e-4, 0.02), (FP8, 0.01, 0.08)], ids=["int8", "float8"])
 def test_folded_gradients(flags, least, most, dtype):

@@ -42,7 +42,6 @@ def test_steps_begin_at_the_weights():
 
 
 def test_a_run_learns_its_steps(run, tmp_path):
-    """The loss falls, the steps move, and --lsq_lr=0 keeps them."""
     for name, flags in (("a", []), ("b", ["--lsq_lr=0"])):
         code, _, err = run(tmp_path / name, "--preset=tiny,lsq4", "--max_iters=20", "--learning_rate=1e-2", *flags)
         assert code == 0, err
@@ -55,6 +54,5 @@ def test_a_run_learns_its_steps(run, tmp_path):
     (["--lsq_bits=4", "--wbits=8"], "--lsq_bits=4 with --wbits=8 rounds the weights twice"),
     (["--lsq_bits=9"], "--lsq_bits=9 must be 2 to 8"), (["--lsq_lr=2"], "--lsq_lr=2.0 has no effect")])
 def test_bad_flags(flags, message, run, tmp_path):
-    """One line, exit code 2."""
     code, _, err = run(tmp_path / "a", *flags)
     assert code == 2 and message in err.splitlines()[-1]

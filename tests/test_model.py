@@ -113,7 +113,6 @@ def test_zero_points_behind_gelu_only():
 
 
 def test_stable_embedding():
-    """Xavier-uniform rows, and a LayerNorm before the positions are added."""
     model, x, seen = gpt(vocab=100, n_layer=1, stable_embedding=True), tokens(2, 16, vocab=100), []
     assert 0.98 < model.wte.weight.abs().max() / (6 / (128 + 32)) ** 0.5 <= 1
     model.h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -250,7 +249,6 @@ class Largest(TorchDispatchMode):
 
 @recipes
 def test_full_logits_never_exist(quant, monkeypatch):
-    """No operation returns more than MAX_LOGITS numbers, in any dtype; no_grad gives the same bits without backward."""
     model, idx, budget = gpt(quant, vocab=1050, n_embd=16, n_layer=1), tokens(4, 16), 16 * 1088  # a quarter; as w has
     monkeypatch.setattr(model_py, "MAX_LOGITS", budget)
     with Largest() as training:
@@ -300,7 +298,6 @@ def test_skip_blocks_and_quant_head(skip, quant_head):
 
 
 def test_split_qkv_reaches_c_attn_alone():
-    """The thirds are those of c_attn's outputs, fewer where heads were pruned; other layers keep one scale."""
     model = gpt(dict(wbits=8, wgran="per_tensor", split_qkv=True), **PRUNED)  # heads of 8 channels
     found = {n: m.recipe.output_weight.tile for n, m in model.named_modules() if getattr(m, "recipe", None)}
     thirds = {"h.0.attn.c_attn": 8, "h.1.attn.c_attn": 24}
@@ -315,7 +312,6 @@ def test_split_qkv_reaches_c_attn_alone():
     *((dict(skip_blocks=skip), f"--skip_blocks={skip[0]} has no effect without --wbits") for skip in ((1,), (-1,))),
     (dict(G, wblock=24), None), (dict(W, wblock=24, skip_blocks=(0, 1)), None)], ids=str)  # the tokens; no layer
 def test_recipes_and_the_shape_of_the_model(quant, message):
-    """A block of scales, or a block to skip, that the model does not have is an error by name; else 96 tokens train."""
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         gpt(quant)(tokens(6, 16), tokens(6, 16)).backward()
 
@@ -343,7 +339,6 @@ def test_one_batch_overfits(quant, shape):
 
 @recipes
 def test_bfloat16_is_near_fp32(quant):
-    """bf16 activations, fp32 parameters and gradients: loss within 1 %, gradients within 10 % of their norm."""
     idx, t, most = tokens(4, 16), tokens(4, 16, seed=2), 0.2 if "gfmt" in quant else 0.1  # e5m2's steps: to a quarter
     full, half = gpt(quant, wide=True), gpt(quant, wide=True, dtype=torch.bfloat16)
     a, b = full(idx, t), half(idx, t)

@@ -162,14 +162,12 @@ def test_stored_moment_is_close(moment, gran):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_power_v_is_never_zero(bits):
-    """Whatever the noise, what is below the smallest code of a block that is not zero becomes that code."""
     x, noise = torch.tensor([[0.0, 1e-9, 0.2, 0.7, 1.0]]).expand(99, -1), torch.linspace(1e-5, 1 - 1e-5, 99)[:, None]
     assert (encode(x, ONE, Moment(bits, second=True), noise) == 0).all()
 
 
 @pytest.mark.parametrize("moment", [moment for moment in BOOKS if moment.fmt != "dynamic"], ids=name)
 def test_stochastic_rounding_is_unbiased(moment):
-    """To the code below or above, and the mean of many is the number: 5 sigma, and noise of 15 bits."""
     n, values = 2**16, book(moment)
     x = torch.cat([torch.tensor([0.999, 0.31, 0.117, 0.063]) * values[-1].float(), torch.tensor([1.3, 2.9])])
     x = x if moment.second else torch.cat([x, -x, torch.tensor([0.02, 0.3, 0.9, -0.02, -0.3, -0.9])])
@@ -309,7 +307,6 @@ def test_2_the_mirrored_gradient_gives_the_mirrored_update(config):
 
 @by_config
 def test_3_a_zero_gradient_moves_nothing(config):
-    """Not by one bit, without weight decay; and it leaves m at zero."""
     params, opt = make({**config, "weight_decay": 0.0})
     before = [p.detach().clone() for p in params]
     walk(params, opt, range(3), sign=0.0)
@@ -367,18 +364,18 @@ def test_6_bytes_of_the_state(bits, each, total):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
-def test_6_temporary_memory():
-    """A step of 16M elements takes a few fp32 pieces of 1M, and no copy of the tensor."""
+def test_6_temporary_memory(monkeypatch):
+    """A step of 4M elements takes a few fp32 pieces, and no copy of the tensor."""
     def memory(field):  # bytes of this process: VmRSS now, VmHWM at most
         return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
-    (p,), opt = make(DEFAULT8, [(4096, 4096)], compile=True)
-    walk(*make(DEFAULT8, [(64, 256)], compile=True), range(2))  # compiles
+    monkeypatch.setattr(optim, "PIECE", 2**16)
+    (p,), opt = make(DEFAULT8, [(2048, 2048)])
     p.grad = torch.ones_like(p)
-    opt.describe()  # allocates the state, and touches it
+    opt.step()  # allocates the state, and touches it
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = memory("VmRSS:")
     opt.step()
-    assert memory("VmHWM:") - before < 8 * 4 * optim.PIECE
+    assert memory("VmHWM:") - before < p.nbytes / 2
 
 
 class TinyGPT(nn.Module):
@@ -445,7 +442,6 @@ def test_a_useless_flag_is_refused_by_name(flag, config):
 
 
 def test_parameters_that_cannot_be_stored_are_refused():
-    """Odd rows in 4 bits and complex numbers at once, a sparse gradient in the step; no parameters are no bytes."""
     with pytest.raises(ValueError, match=r"\(77, 101\).*101"):
         make(both(4, gran="per_channel"), [(77, 101)])
     with pytest.raises(ValueError, match=r"\(3, 5\).*complex"):

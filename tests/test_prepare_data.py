@@ -196,7 +196,6 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 
 def test_held_out_documents_depend_on_the_text_only(tmp_path):
-    """Python's own hash() changes with every start; SHA-256 does not."""
     held_out = [i for i in range(100) if prepare_data._split(f"key {i}", 0.1) == "val"]
     assert held_out == [2, 10, 20, 25, 27, 30, 44, 54, 57, 62, 69, 83, 84, 87, 89, 92, 93, 99]
     documents = [f"text number {i}" for i in range(2000)]
@@ -225,7 +224,6 @@ def test_stdlib_from_a_made_up_library(tmp_path, monkeypatch):
 
 
 def test_stdlib_of_this_python(tmp_path):
-    """The default command, as a user runs it; one thread gives the same as one per core."""
     with pytest.raises(FileNotFoundError, match=f"make it: .*--dataset=stdlib --data_dir={tmp_path / 'data'}$"):
         opened(tmp_path, "stdlib")
     subprocess.run([sys.executable, prepare_data.__file__, f"--data-dir={tmp_path / 'data'}"], check=True)
@@ -271,7 +269,6 @@ def test_a_preparation_that_is_ended(tmp_path, end):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("full", ["train.bin", "val.bin", "meta.json"])
 def test_a_full_disk(tmp_path, monkeypatch, full):
-    """/dev/full takes nothing: the error is the kernel's own."""
     def open_full(path, *rest, _open=open, **more):
         return _open("/dev/full" if Path(path).name == full else path, *rest, **more)
     for module in (prepare_data, io):  # io.open is what pathlib calls

@@ -362,7 +362,6 @@ def test_gemm_against_float64(case, data):
 
 @pytest.mark.parametrize("length", [768, 3072])
 def test_bf16_gemm_of_codes_is_the_int32_accumulator(length):
-    """Codes are exact in bf16, and a bf16 GEMM on them is the int32 accumulator rounded to bf16."""
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         torch.manual_seed(0)
         a, b = (torch.randint(-127, 128, (rows, length), dtype=torch.int8) for rows in (65, 130))
@@ -485,7 +484,6 @@ def test_what_waits_for_backward(slot, dtype):
 @both_dtypes
 @pytest.mark.parametrize("bias", [True, False])
 def test_nothing_rounded_is_nn_linear(bias, dtype):
-    """bits=32: forward and every gradient are F.linear's, bit for bit, for an fp32 weight and any input dtype."""
     assert make_recipe(QuantConfig()) is None and Quantizer(32)(ONE) is ONE
     plain, ours = torch.nn.Linear(33, 17, bias), QuantLinear(33, 17, bias)
     ours.load_state_dict(plain.state_dict())
@@ -518,7 +516,6 @@ def test_compiled_equals_eager():
 
 
 def test_no_gemm_that_nobody_needs():
-    """An input without gradient costs no grad_input, a frozen weight no grad_weight, no tokens no GEMM at all."""
     shapes = []
     recipe = Recipe(engine=lambda a, b, dtype: shapes.append((*a.shape, len(b))) or quant.gemm(a, b, dtype))
     for x_needs, w_needs in product((False, True), repeat=2):
@@ -550,7 +547,6 @@ LINES = re.split(r";\s", f"{IDLE}; {UNFIT}")
 
 @pytest.mark.parametrize("line", LINES)
 def test_refused_flags(line):
-    """The error names flags, values and a way out that works."""
     def config(words):
         values = {"True": True, "False": False, **{str(n): n for n in range(99)}}
         return QuantConfig(**{name: values.get(v, v) for name, v in (word.split("=") for word in words)})

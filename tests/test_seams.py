@@ -18,7 +18,6 @@ import extensions
 import train
 from eval import shares_scales
 from model import GPT, GPTConfig, linear_cross_entropy, quant_linears
-from optim import OptimConfig, param_groups
 from quant import QuantConfig, Quantizer, Recipe
 from support.checkpoint import load_checkpoint, model_from
 from support.config import own
@@ -173,7 +172,6 @@ def test_a_stranger_is_at_home(which, run, call, data, tmp_path):
 
 
 def test_a_program_of_its_own(run, tmp_path):
-    """Another objective with a parameter outside the GPT, a group, a step hook, extra state: resumed bitwise."""
     main = lambda: train.main(Config, Run)  # noqa: E731
     flags = ["--lr_decay_iters=6", "--learning_rate=0.1"]
     assert run(tmp_path / "whole", *flags, main=main)[0] == 0
@@ -183,17 +181,6 @@ def test_a_program_of_its_own(run, tmp_path):
     assert same({**ours, "config": 0}, {**whole, "config": 0}) and whole["extra"]["steps"] == 6
     assert 0 < whole["extra"]["bias"] <= 2.1  # Adam's steps are 2 x lr
     assert column(tmp_path / "whole", "loss")[0] > column(tmp_path / "whole", "val_loss")[0] + 0.9
-
-
-def test_reparams_have_a_group_of_their_own():
-    flat = {"n_layer": 1, "stranger": "reparam"}
-    model = GPT(GPTConfig(1, 2, 32, 16), 50, extensions.linears(flat))
-    gains = {id(p) for name, p in model.named_parameters() if ".reparam." in name}
-    reparams = [m.reparam for m in model.modules() if getattr(m, "reparam", None)]
-    assert len(gains) == 4 and all((r.gain == 0).all() for r in reparams)  # they start where they were put
-    group, = (g for g in param_groups(model, OptimConfig(m1bits=8, m2bits=8)) if g.get("lr_scale", 1.0) != 1.0)
-    assert {id(p) for p in group["params"]} == gains
-    assert group["weight_decay"] == 0 and group["m1"] == group["m2"] == (32,) and group["lr_scale"] == 10.0
 
 
 def test_what_a_model_must_find(run, call, tmp_path, monkeypatch):
@@ -224,7 +211,6 @@ def test_early_in_the_head_is_fp():
 
 
 def test_shared_scales_of_strangers():
-    """A foreign quantizer that does not say what shares a scale is taken for one that shares it over tokens."""
     def model(slot):
         return GPT(GPTConfig(1, 2, 32, 16), 50, quant_linears(QuantConfig(), 1, lambda *_: Recipe(output_input=slot)))
     assert not shares_scales(model(None)) and not shares_scales(model(Quantizer(8, (1, None))))

@@ -21,7 +21,7 @@ import extensions
 import train
 from support import device
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.config import build, flatten
+from support.config import build
 from support.presets import PRESETS, SIZES
 
 W8A8 = ["--wbits=8", "--abits=8"]
@@ -114,7 +114,6 @@ def test_learning_rate(schedule, rates):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS | extensions.PRESETS if name not in SIZES])
 def test_every_preset_runs(name, run, tmp_path):
-    """Each experiment of the paper takes a step and is in the config that log.jsonl records."""
     flags = (PRESETS | extensions.PRESETS)[name]
     assert run(tmp_path / "a", f"--preset=tiny,{name}", "--max_iters=1", "--sample_tokens=0")[0] == 0
     recorded = read(tmp_path / "a")[0]["config"]
@@ -122,7 +121,6 @@ def test_every_preset_runs(name, run, tmp_path):
 
 
 def test_sizes_are_gpt2s():
-    """The presets of sizes are valid configs, and those of the released models keep 512 sequences a step."""
     for name, values in SIZES.items():
         config = build(train.TrainConfig, values)
         assert name in ("tiny", "laptop", "gpu") or config.batch_size * config.gradient_accumulation_steps == 512
@@ -269,7 +267,6 @@ def test_ranks_hold_identical_weights(data, tmp_path):
 
 
 def test_the_global_batch_is_the_same_at_any_world_size():
-    """1, 2 and 4 processes read the same sequences in a step, each of them once."""
     config = build(train.TrainConfig, dict(batch_size=3, gradient_accumulation_steps=4, block_size=8))
     tokens = np.arange(10_000, dtype=np.uint16)
 
@@ -352,8 +349,3 @@ def test_bad_flags(flags, message, run, tmp_path, monkeypatch):
     *usage, line = err.splitlines()
     assert code == 2 and message in line and all(text.startswith("usage:") for text in usage)
     assert flags == "--wandb" or not [*tmp_path.glob("a/*")]
-
-
-def test_flatten_of_the_whole_config_is_plain():
-    """What the checkpoint stores can be read with weights_only, and no two dataclasses share a flag."""
-    assert all(isinstance(v, (str, int, float, bool, tuple, type(None))) for v in flatten(train.TrainConfig()).values())
