@@ -47,6 +47,32 @@ def test_pictures(losses, call, tmp_path):
         assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--what=probe", "--ckpt=long", "--recipes=W4,G3+adam4"], "| G3+adam4 | 0.00000 |"),
+    (["--what=sharpness", "--ckpt=short", "--recipes=W4"], "S / (rho |g|)"),
+    (["--what=landscape", "--ckpt=long", "--recipes=W4"], ""),
+    (["--what=gradients", "--ckpt=long"], "| h.0.mlp.c_fc |"),
+    (["--what=outliers", "--runs=long,short"], "| short | 3 | h.0.mlp.c_proj |"),
+    (["--what=memory", "--recipes=adam8"], "| adam8 | 16 | 474.8 | 252")])
+def test_tables_and_their_pictures(flags, words, losses, call, tmp_path):
+    """Each of them prints its table, draws it, and writes the numbers beside the picture."""
+    pytest.importorskip("matplotlib")
+    small = [] if "--what=memory" in flags else ["--batches=2", "--batch_size=2"]
+    code, out, err = call(analyze.main, *flags, *small, "--out=a.png")
+    assert code == 0 and words in out, err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "," in (tmp_path / "a.csv").read_text()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--what=probe", "--recipes=W4+W9"], "no preset 'W9'"), (["--what=probe", "--rho=0.1"], "with --what=probe"),
+    (["--what=codebooks"], "name its file: --out=codebooks.png"), (["--what=curves", "--recipes=W4"], "--what=curves"),
+    (["--what=probe", "--batches=0"], "--batches=0 must be at least 1"), (["--what=memory", "--ckpt=a"], "--ckpt=a")])
+def test_refused(flags, words, call):
+    """One line, exit code 2."""
+    code, out, err = call(analyze.main, *flags)
+    assert code == 2 and words in err and not out
+
+
 def test_update_error(call, monkeypatch):
     """A row per format: fp32 has no error, 8 bits less than 4, linear v far more; bytes are those stored."""
     monkeypatch.setitem(analyze.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=2))
