@@ -158,8 +158,8 @@ class SweepConfig:
         if self.show and self.report:
             raise ValueError("--show and --report exclude each other; drop one")
         for name, most in (("seeds", 10), ("jobs", 64)):
-            if not 1 <= (getattr(self, name) or 1) <= most:
-                raise ValueError(f"--{name}={getattr(self, name)} must lie in 1 to {most}")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise ValueError(f"--{name}={value} must lie in 1 to {most}")
 
     def resolve(self) -> None:
         """Replace each auto."""
@@ -221,13 +221,14 @@ class Job:
     def result(self) -> dict | None:
         """Return the record of the run once its process has ended; None where it is to be tried again."""
         self.output.close()
-        said = (self.folder / "train.txt").read_text(errors="replace").rstrip().rpartition("\n")[2]
+        said = (self.folder / "train.txt").read_text(errors="replace")[-2000:].rstrip()
         if self.process.returncode in (0, 3):  # finished, or diverged: a result
             return record(self.name, self.seed, read_log(self.folder / "log.jsonl"), time.monotonic() - self.started)
-        if "another run trains" in said:  # a sweep that was killed has left it running
-            time.sleep(5)
+        if "another run" in said:  # a sweep that was killed has left it running
+            time.sleep(2)
             return None
-        raise ValueError(f"{self.name} with seed {self.seed} failed with exit code {self.process.returncode}: {said}; "
+        last = said.splitlines()[-1] if said else ""
+        raise ValueError(f"{self.name} with seed {self.seed} failed with exit code {self.process.returncode}: {last}; "
                          f"see {self.folder}/train.txt, mend it and start the sweep again")
 
 

@@ -14,7 +14,7 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuff
 # A file imports from lower levels only, so each can be read knowing only those below it.
 LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"quant", "prepare_data"},
           {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"}, {"support.huggingface"},
-          {"support.presets", "extensions"}, {"eval"}, {"train"}, {"bench", "analyze", "sweep"}]
+          {"support.presets", "extensions"}, {"eval"}, {"train"}, {"bench", "probe"}, {"analyze"}, {"sweep"}]
 
 
 def imports(path):
@@ -111,7 +111,7 @@ def test_no_placeholders():
         assert not re.search(r"@[A-Z]{2,}@|TODO|FIXME|^[A-Z_]{4,}$", path.read_text(), re.MULTILINE), path.name
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py", "prepare_data.py", "bench.py", "analyze.py"])
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "prepare_data.py", "bench.py", "analyze.py", "sweep.py"])
 def test_help_is_a_map(name):
     """--help shows the docstring, and every flag with the comment that stands behind it in the source."""
     done = subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)

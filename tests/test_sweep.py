@@ -1,0 +1,128 @@
+"""sweep.py: the rows are what they say, runs survive kills, verdicts follow from the numbers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import extensions
+import sweep
+from support.config import flatten, parse
+from support.presets import PRESETS
+from train import TrainConfig
+
+TINY = ("--preset=tiny --dataset=text --n_layer=1 --n_embd=32 --n_head=2 --block_size=32 --batch_size=4 --max_iters=12 "
+        "--eval_interval=4 --eval_tokens=1024 --log_interval=2 --warmup_iters=2 --sample_tokens=0 --compile=False")
+
+
+def test_quantiles_of_t():
+    """Student's density, integrated numerically, has 95 % between -q and q."""
+    for n, q in sweep.T95.items():
+        x = np.linspace(-q, q, 200_001)
+        constant = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+        assert np.trapezoid(constant * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.95, abs=4e-5)
+
+
+def test_rows_are_configs_and_differ():
+    """Each row's command is a legal one, no two rows train the same, and their partners are rows; so at all scales."""
+    config, seen = sweep.SweepConfig(), {}
+    config.resolve()
+    for name, row in sweep.ROWS.items():
+        flat = flatten(parse(TrainConfig, sweep.command(config, name, 7)[1:], PRESETS | extensions.PRESETS))
+        assert flat["seed"] == 7 and row.beside in sweep.ROWS
+        assert bool(row.expects) == (row.paper not in ("", "?", "the baseline"))
+        key = str({k: v for k, v in flat.items() if k not in ("preset", "out_dir")})
+        assert seen.setdefault(key, name) == name
+    for scale in ("gpu", "paper"):
+        parse(TrainConfig, sweep.command(sweep.SweepConfig(scale=scale), "C1", 7)[1:], PRESETS)
+    assert {name for names in sweep.PANELS.values() for name in names.split()} <= sweep.ROWS.keys()
+
+
+def line(row, seed, loss, status="finished"):
+    """Return a line of runs.jsonl."""
+    return {"row": row, "seed": seed, "status": status, "step": 9, "val_loss": [[0, 0, 5.0], [9, 900, loss]],
+            "tokens_per_s": 1000 + seed}
+
+
+def test_differences_are_paired():
+    """The mean and the interval are of the differences within seeds; a partner that is missing drops out."""
+    losses = {"E0": (1.0, 1.2, 1.4, 9.0), "C1": (1.011, 1.209, 1.410)}
+    done = {(row, s): line(row, s, x) for row, values in losses.items() for s, x in enumerate(values)}
+    d = sweep.compare(done, "C1", "E0")
+    assert d.mean == pytest.approx(0.01) and d.pairs == 3 and d.diverged == 0
+    assert d.half == pytest.approx(4.303 * 0.001 / math.sqrt(3))  # the standard deviation of .011, .009, .010
+    done["C1", 1] = line("C1", 1, 1.3, "diverged")
+    assert sweep.compare(done, "C1", "E0")[2:] == (2, 1) and math.isnan(sweep.final(done["C1", 1]))
+
+
+@pytest.mark.parametrize("mean, half, diverged, verdict, judged", [
+    (0.00, 0.01, 0, "tie", {"tie": "confirmed", "worse": "not decidable", "diverged": "contradicted"}),
+    (0.10, 0.02, 0, "worse", {"worse": "confirmed", "tie": "contradicted", "better": "contradicted",
+                              "diverged": "worse, but"}),
+    (-.10, 0.02, 0, "better", {"better": "confirmed", "worse": "contradicted", "tie": "contradicted"}),
+    (0.04, 0.03, 0, "worse", {"worse": "confirmed", "tie": "not decidable"}),  # may be within the margin
+    (0.10, 0.20, 0, "not decided", {"tie": "not decidable", "worse": "not decidable", "diverged": "not decided"}),
+    (0.10, 0.02, 1, "diverged 1/4", {"diverged": "confirmed", "worse": "confirmed", "tie": "contradicted"}),
+    (0.00, math.inf, 0, "not decided", {"tie": "not decidable"})])  # one seed
+def test_verdicts(mean, half, diverged, verdict, judged):
+    """At a margin of 0.02."""
+    d = sweep.Difference(mean, half, 3, diverged)
+    assert d.verdict(0.02) == verdict
+    for expected, words in judged.items():
+        assert sweep.judge(d, expected, 0.02).startswith(words)
+
+
+def test_report(tmp_path, call):
+    """table.md, table.csv and curves.png from whatever runs there are, one of them diverged, one line cut off."""
+    lines = [line("E0", 1, 1.0), line("E0", 2, 1.1), line("W4", 1, 1.5), line("W4", 2, 1.61)]
+    lines.append(line("A4", 1, 1.0, "diverged"))
+    text = "".join(json.dumps(x) + "\n" for x in lines)
+    (tmp_path / "runs.jsonl").write_text(text + text[:30])
+    code, out, err = call(sweep.main, "--report", f"--out_dir={tmp_path}")
+    assert code == 0 and "steps | A4 - E0, diverged 1 | confirmed |" in out
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert table[0].startswith("id,seeds,val_loss_mean,val_loss_std,diff_to_E0_mean,diff_to_E0_ci,diverged,verdict")
+    assert [row.split(",")[:2] for row in table[1:]] == [["E0", "2"], ["W4", "2"], ["A4", "1"]]
+    assert "W4,2,1.555,0.0777817,0.505,0.06353,,worse" in table[2] and "1: step 9" in table[3]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    (tmp_path / "runs.jsonl").write_text("")
+    code, out, err = call(sweep.main, "--report", f"--out_dir={tmp_path}")
+    assert code == 2 and "has no run of E0 yet" in err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rows=E0,W9"], "there is no row 'W9'; use some of E0,"), (["--seeds=0"], "--seeds=0 must lie in 1 to 10"),
+    (["--show", "--report"], "exclude each other"), (["--jobs=65"], "--jobs=65 must lie in 1 to 64")])
+def test_refused(flags, message, call):
+    """One line, exit code 2."""
+    code, out, err = call(sweep.main, *flags)
+    assert code == 2 and message in err
+
+
+def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path, data, call, monkeypatch):
+    """SIGKILL while the first run trains, which goes on as an orphan: the sweep that follows ends the same, bitwise."""
+    monkeypatch.setitem(sweep.SCALES, "laptop", sweep.Scale(TINY, (1, 2, 3), ""))
+    flags = ["--rows=C1", "--seeds=1", "--jobs=2", f"--data_dir={data}"]
+    program = f"import sweep; sweep.SCALES['laptop'] = sweep.Scale({TINY!r}, (1, 2, 3), ''); sweep.main()"
+    killed = subprocess.Popen([sys.executable, "-c", program, *flags, f"--out_dir={tmp_path}/killed"], cwd=ROOT,
+                              env=os.environ | {"PYTHONPATH": "."}, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("killed/runs/E0-1/log.jsonl")) and killed.poll() is None:
+        time.sleep(0.05)
+    code, _, err = call(sweep.main, *flags, f"--out_dir={tmp_path}/killed")
+    assert code == 2 and "another sweep runs" in err
+    killed.kill()
+    assert killed.wait() == -9
+    for name in ("killed", "whole"):
+        assert "2/2" in call(sweep.main, *flags, f"--out_dir={tmp_path}/{name}")[1]
+    runs = [sweep.read_runs(tmp_path / name / "runs.jsonl") for name in ("whole", "killed")]
+    assert runs[0].keys() == runs[1].keys() == {("E0", 1), ("C1", 1)}
+    for run in runs[0]:
+        a, b = (r[run] for r in runs)
+        assert a["val_loss"] == b["val_loss"] and a["loss"] == b["loss"] and a["status"] == "finished"
+    assert "2 of 2 runs are done" in call(sweep.main, *flags, f"--out_dir={tmp_path}/whole")[1]
