@@ -10,8 +10,10 @@ has measured becomes one line of runs.jsonl in the sweep's folder; a run that st
 that was killed goes on from its checkpoint. All seeds of a row are compared with E0's of the same seed: same
 initialisation, same data in the same order, so most of the noise between seeds drops out of the difference.
 
-The interval beside a mean difference is Student's t at 95 % over the seeds. A difference counts as a tie if its whole
-interval lies within TIE of E0's loss, as better or worse if the interval excludes zero, else it is not decided.
+Training is chaotic: a recipe that changes no more than a rounding still ends some thousandths of a nat away. How much
+is taken from all rows that end within NEAR of E0, together: the standard deviation of their paired differences within a
+row. The interval beside a mean difference is 1.96 of these (or of the row's own, if larger) / sqrt(seeds). It is a tie
+if the interval holds zero: the recipe may cost up to the interval's end, and more seeds would tell.
 """
 
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
@@ -42,17 +44,19 @@ from support.presets import PRESETS
 from train import TrainConfig
 
 ROOT = Path(__file__).parent
-TIE = 0.005  # of E0's loss: two recipes closer than half a percent are called alike
-# Student's t, two-sided 95 %, by degrees of freedom
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+NEAR = 0.1  # nats from E0: rows whose spread tells how chaotic training is at this scale
 
 
 class Row(NamedTuple):
-    """A line of the matrix: flags of train.py, and for the paper's own rows what it says of them."""
+    """A line of the matrix.
+
+    flags: of train.py.  paper: its claim; "?" if the outcome is not known to us, empty for a control of ours.
+    expects: tie, better, worse or diverged, what the claim means for the difference to the row `beside`.
+    """
     flags: str
-    paper: str = ""  # the claim; "?": its outcome is not known to us; empty: a control that the paper does not have
-    expects: str = ""  # tie, better, worse or diverged: what the claim means ...
-    beside: str = "E0"  # ... for the difference to this row
+    paper: str = ""
+    expects: str = ""
+    beside: str = "E0"
 
 
 # The most telling rows first: whoever stops early has them.
@@ -117,6 +121,12 @@ ROWS = {
     "int8-all": Row("--preset=int8-all"),
     "fp8": Row("--preset=fp8"),
 }
+HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
+
+`python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
+Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos:.4f} between seeds
+(sweep.py says how). Memory: one step, uncompiled, MiB.
+"""
 # what the panels of curves.png show beside E0
 PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",
           "moments": "S1 S2 S3 S4 S6", "combined": "C1 C2 W4A8 W4A4"}
@@ -291,47 +301,54 @@ def describe(line: dict, base: dict | None) -> str:
 class Difference(NamedTuple):
     """A row beside another one, over the seeds that both have."""
     mean: float  # nats per token; nan if no pair finished
-    half: float  # half of the 95 % interval; inf for a single pair
+    half: float  # half of the 95 % interval
     pairs: int
     diverged: int  # runs of the row that did, among those whose partner finished
 
-    def verdict(self, margin: float) -> str:
-        """tie, better, worse, diverged, or not decided."""
+    def verdict(self) -> str:
+        """Return tie, better, worse, or diverged."""
         if self.diverged:
             return f"diverged {self.diverged}/{self.diverged + self.pairs}"
-        low, high = self.mean - self.half, self.mean + self.half
-        if -margin <= low and high <= margin:
-            return "tie"
-        return "worse" if low > 0 else "better" if high < 0 else "not decided"
+        return "tie" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
+
+
+def differences(done: dict, name: str, base: str) -> tuple[list[float], int]:
+    """Return the differences of two rows within the seeds that finished in both, and how many only base finished."""
+    pairs = [(done[name, s], done[base, s]) for row, s in done if row == name and (base, s) in done]
+    pairs = [(a, b) for a, b in pairs if b["status"] == "finished"]
+    found = [final(a) - final(b) for a, b in pairs if a["status"] == "finished"]
+    return found, len(pairs) - len(found)
+
+
+def chaos(done: dict) -> float:
+    """Return the standard deviation between seeds of a paired difference to E0; inf if no row has two seeds."""
+    found = [differences(done, name, "E0")[0] for name in ROWS if name != "E0"]
+    found = [d for d in found if len(d) > 1 and max(map(abs, d)) < NEAR]
+    squares = sum((x - statistics.mean(d)) ** 2 for d in found for x in d)
+    return (squares / sum(len(d) - 1 for d in found)) ** 0.5 if found else float("inf")
 
 
 def compare(done: dict, name: str, base: str) -> Difference:
     """Return the paired difference of two rows."""
-    seeds = [s for (row, s), line in done.items() if row == name and (base, s) in done]
-    seeds = [s for s in seeds if done[base, s]["status"] == "finished"]
-    diverged = sum(done[name, s]["status"] != "finished" for s in seeds)
-    differences = [final(done[name, s]) - final(done[base, s]) for s in seeds if done[name, s]["status"] == "finished"]
-    n = len(differences)
-    mean = statistics.mean(differences) if n else float("nan")
-    half = T95.get(n - 1, 2.0) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
-    return Difference(mean, half, n, diverged)
+    found, diverged = differences(done, name, base)
+    if not found:
+        return Difference(float("nan"), float("inf"), 0, diverged)
+    spread = max(chaos(done), statistics.stdev(found) if len(found) > 1 else 0.0)
+    return Difference(statistics.mean(found), 1.96 * spread / len(found) ** 0.5, len(found), diverged)
 
 
-def judge(d: Difference, expected: str, margin: float) -> str:
+def judge(d: Difference, expected: str) -> str:
     """Return what the runs say of a claim that expects tie, better, worse or diverged."""
-    found = d.verdict(margin)
+    found = d.verdict()
     if not d.pairs and not d.diverged:
         return "not run"
     if found.startswith("diverged"):
         return "confirmed" if expected in ("diverged", "worse") else "contradicted"
-    if expected == "diverged":
-        return "worse, but did not diverge in these runs" if found == "worse" else \
-            "not decided" if found == "not decided" else "contradicted at this scale"
     if found == expected:
-        return "confirmed"
-    # A small effect may be real and invisible; one of the opposite sign, or a clear one where none should be, is not.
-    clear = found in ("better", "worse") and abs(d.mean) - d.half > (margin if expected == "tie" else 0)
-    return "contradicted" if clear else "not decidable at this scale"
+        return f"confirmed, to within {d.half + abs(d.mean):.3f}" if found == "tie" else "confirmed"
+    if found == "tie":  # an effect may be real and too small to be seen
+        return f"not decidable: below {d.half + abs(d.mean):.3f} if any"
+    return "worse, but not diverged in these runs" if (expected, found) == ("diverged", "worse") else "contradicted"
 
 
 def memory(config: SweepConfig, name: str) -> dict[str, float]:
@@ -350,14 +367,14 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
     for name in (n for n in ROWS if any(row == n for row, _ in done)):
         mine = [line for (row, _), line in sorted(done.items()) if row == name]
         losses = [final(line) for line in mine if line["status"] == "finished"]
-        d, base = compare(done, name, "E0"), [final(x) for (r, _), x in done.items() if r == "E0"]
+        d = compare(done, name, "E0")
         rows.append({
             "id": name, "seeds": len(mine), "val_loss_mean": statistics.mean(losses) if losses else None,
             "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
             "diff_to_E0_mean": d.mean if d.pairs and name != "E0" else None,
             "diff_to_E0_ci": d.half if d.pairs > 1 and name != "E0" else None,
             "diverged": ", ".join(f"{x['seed']}: step {x['step']}" for x in mine if x["status"] != "finished"),
-            "verdict": "" if name == "E0" else d.verdict(TIE * statistics.mean(base)) if base else "",
+            "verdict": d.verdict() if name != "E0" and d.pairs + d.diverged else "",
             "tokens_per_s": statistics.median(x["tokens_per_s"] for x in mine if x["tokens_per_s"]),
             **memory(config, name), "paper": ROWS[name].paper,
             "command": " ".join(["python", *(a for a in command(config, name, mine[0]["seed"])
@@ -378,17 +395,13 @@ def report(config: SweepConfig) -> None:
 
     def cell(value: float | str | None) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    margin = TIE * rows[0]["val_loss_mean"]
-    lines = [f"# The matrix of arXiv 2407.11722 at scale {config.scale}", "",
-             f"`python sweep.py --scale={config.scale} --report` wrote this from {len(done)} runs in runs.jsonl. Loss: "
-             f"validation, nats per token. Difference: to E0 of the same seed, mean +- half of the 95 % interval. "
-             f"tie: all of the interval within {margin:.4f} ({TIE:.1%} of E0). Memory: one step, uncompiled, MiB.", "",
+    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done)),
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
         d = compare(done, name, base)
         shown = f"{name} - {base}: {d.mean:+.4f} +- {d.half:.4f} ({d.pairs} seeds)" if d.pairs else f"{name} - {base}"
         shown += f", diverged {d.diverged}" if d.diverged else ""
-        lines.append(f"| {name}: {claim} | {shown} | {judge(d, expected, margin)} |")
+        lines.append(f"| {name}: {claim} | {shown} | {judge(d, expected)} |")
     lines += ["", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     lines += ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows]
     (out / "table.md").write_text("\n".join(lines) + "\n")
