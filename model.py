@@ -22,6 +22,7 @@ from torch import Tensor
 
 from int8 import int8_gemm, keep8
 from quant import QuantConfig, Quantized, QuantLinear, Recipe, gemm, linear_backward, make_recipe, round_operand
+from support.checks import check_model
 
 # Elements of fp32 logits alive at once (512 MiB); a longer batch goes through the head in chunks.
 MAX_LOGITS = 2**27
@@ -44,21 +45,7 @@ class GPTConfig:
     hidden: tuple[int, ...] = ()  # hidden units of each MLP, if pruned; empty: 4 n_embd each
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n_head={self.n_head} must divide --n_embd={self.n_embd}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout={self.dropout} must lie in [0, 1)")
-        if self.dropout and self.keep8 in ("attn", "both"):
-            raise ValueError(f"--keep8={self.keep8} runs attention again in backward, where "
-                             "dropout draws other numbers; use --dropout=0 or --keep8=gelu")
-        for name, most in (("heads", self.n_head), ("hidden", 4 * self.n_embd)):
-            n = getattr(self, name)
-            if n and (len(n) != self.n_layer or not 1 <= min(n) <= max(n) <= most):
-                raise ValueError(f"--{name}={','.join(map(str, n))} must be {self.n_layer} numbers "
-                                 f"(n_layer) from 1 to {most}, or empty")
+        check_model(self)
 
     def widths(self, block: int) -> tuple[int, int]:
         """Return (attention heads, hidden units) of a block. A head keeps its size, n_embd / n_head, when others go."""

@@ -29,7 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from math import inf, sqrt
+from math import sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from quant import SCALE_FLOOR
-from support.config import refuse_idle
+from support.checks import check_optim
 
 MIN_SIZE = 4096  # elements; smaller tensors keep fp32 moments (2110.02861, section 2)
 PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in the cache
@@ -69,25 +69,7 @@ class OptimConfig:
     membed32: bool = False  # embeddings keep fp32 moments, as in both papers
 
     def __post_init__(self):
-        for name, end in (("weight_decay", inf), ("beta1", 1), ("beta2", 1)):
-            if not 0 <= getattr(self, name) < end:
-                raise ValueError(f"--{name}={getattr(self, name)} must lie in [0, {end})")
-        stored = [i for i in ("m1", "m2") if getattr(self, f"{i}bits") != 32]
-        for i in ("m1", "m2"):
-            if getattr(self, f"{i}bits") not in (4, 8, 32):
-                raise ValueError(f"--{i}bits={getattr(self, f'{i}bits')}: use 8, 4 or 32")
-            low = (i in stored, f"without --{i}bits=8 or 4")
-            refuse_idle(self, **{i + field: low for field in ("fmt", "gran", "round")})
-            if getattr(self, f"{i}fmt") == "dynamic" and getattr(self, f"{i}round") == "stochastic":
-                raise ValueError(f"--{i}round=stochastic: use power or linear, not dynamic")
-        fmts, grans = ({getattr(self, i + field) for i in stored} for field in ("fmt", "gran"))
-        if len(grans) > 1:
-            raise ValueError(f"--m1gran={self.m1gran}, --m2gran={self.m2gran}: give both the same")
-        if self.mblock < 2 or self.mblock % 2:
-            raise ValueError(f"--mblock={self.mblock} must be even and at least 2")
-        refuse_idle(self, membed32=(bool(fmts), "without a moment in 8 or 4 bits, as --m1bits=8"),
-                    mfloor=("linear" in fmts, "without a linear format, as --m1fmt=linear"),
-                    mblock=("per_block" in grans, "without a per_block moment in 8 or 4 bits"))
+        check_optim(self)
 
     def formats(self) -> dict:
         """Return what a param_group records: m1 and m2, fields of a Moment, and block, elements."""

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from support.config import refuse_idle, refuse_unfit
+from support.checks import check_bits, check_quant
 
 # The smallest normal number: some devices flush smaller ones to zero. The official code's floors,
 # 1e-5 to 1e-9, lie inside the range of real gradients and moments and would round those to zero.
@@ -79,46 +79,7 @@ class QuantConfig:
     skip_blocks: tuple[int, ...] = ()  # transformer blocks left alone, from 0, or from the end: -1
 
     def __post_init__(self):
-        # (1) numbers out of range, and what would be ignored where an operand is left untouched
-        for bits, names in (("wbits", ("wfmt", "wgran")), ("abits", ("afmt", "agran", "asym", "asym_gelu")),
-                            ("gbits", ("gfmt", "ggran", "ggemm", "rounding"))):
-            _check_bits(f"--{bits}", getattr(self, bits))
-            active = getattr(self, bits) < 32
-            refuse_idle(self, **dict.fromkeys(names, (active, f"without --{bits} below 32")))
-        if self.wblock < 1:
-            raise ValueError(f"--wblock={self.wblock} must be at least 1")
-        # (2) what would be ignored under the other flags: a typo would look like a result
-        w, a, g = self.wbits < 32, self.abits < 32, self.gbits < 32
-        blocks = "per_block" in (self.wgran, self.agran, self.ggran)
-        thirds = w and self.wgran == "per_tensor" or g and self.ggran in ("per_tensor", "per_token")
-        words = "without weights quantized per_tensor, or gradients per_tensor or per_token"
-        refuse_idle(self, wblock=(blocks, "without a granularity of per_block"),
-                    gemm=(w and a, "without --wbits and --abits below 32"), split_qkv=(thirds, words),
-                    backward=(w or a, "without --wbits or --abits below 32"),
-                    quant_head=(w or a or g, "without --wbits, --abits or --gbits below 32"))
-        # (3) values that exclude each other: FP8 has one width, and some scales have to be moved
-        for fmt, fits in (("wfmt", dict(wbits=(8,))), ("afmt", dict(abits=(8,), asym=(False,), asym_gelu=(False,))),
-                          ("gfmt", dict(gbits=(8,), rounding=("nearest",)))):
-            if getattr(self, fmt) != "int":
-                refuse_unfit(self, fmt, "FP8 is symmetric, 8 bits, rounded to nearest", **fits)
-        if self.asym_gelu:
-            refuse_unfit(self, "asym_gelu", "all inputs have a zero point already", asym=(False,))
-        w_rows, a_rows = ("per_channel", "per_tensor"), ("per_token", "per_tensor")
-        if self.gemm == "int8":
-            integers = "its scales must factor out of every GEMM"
-            refuse_unfit(self, "gemm", integers, wfmt=("int",), afmt=("int",), gfmt=("int",),
-                         asym=(False,), asym_gelu=(False,), wgran=w_rows, agran=a_rows)
-            if g:
-                refuse_unfit(self, "gemm", integers, ggran=("per_row",), backward=("ste",))
-        if g and self.ggran == "per_row" and self.backward == "ste":
-            refuse_unfit(self, "ggran", "it takes up the scales of w and x", asym=(False,),
-                         asym_gelu=(False,), wgran=w_rows, agran=(*a_rows, "per_channel"))
-
-
-def _check_bits(name: str, bits: int) -> None:
-    """Refuse bit widths that no quantizer here has."""
-    if bits != 32 and not 2 <= bits <= 8:
-        raise ValueError(f"{name}={bits} is not supported: use 2 to 8, or 32 for none")
+        check_quant(self)
 
 
 # -----------------------------------------------------------------------------
@@ -229,7 +190,7 @@ class Quantizer:
     fmt: str = "int"  # of the codes; e4m3 and e5m2 are symmetric, 8 bits, rounded to nearest
 
     def __post_init__(self):
-        _check_bits("bits", self.bits)
+        check_bits("bits", self.bits)
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding={self.rounding!r}: use 'nearest' or 'stochastic'")
         if self.fmt not in ("int", *FLOAT8):

@@ -40,7 +40,8 @@ from optim import AdamW, OptimConfig, param_groups
 from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
 from quant import QuantConfig
 from support.checkpoint import load_weights, save_checkpoint
-from support.config import flatten, one_line_errors, refuse_idle
+from support.checks import check_train
+from support.config import flatten, one_line_errors
 from support.device import Processes, explain_compile_errors, peak_flops, resolve
 from support.lock import lock
 from support.log import Log, introduce, read_log
@@ -81,22 +82,7 @@ class TrainConfig:
     more: extensions.Config = field(default_factory=extensions.Config)
 
     def __post_init__(self):
-        for low, names in ((1, "max_iters batch_size gradient_accumulation_steps eval_interval log_interval"),
-                           (0, "warmup_iters learning_rate min_lr grad_clip eval_tokens sample_tokens seed")):
-            for name in names.split():  # floats may not be nan or infinite, integers have 53 bits
-                value = getattr(self, name)
-                if not low <= value < (math.inf if isinstance(value, float) else 2**53):
-                    raise ValueError(f"--{name}={value} must be at least {low}, and finite")
-        if not self.out_dir:
-            raise ValueError("--out_dir= is empty; name a folder")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"--min_lr={self.min_lr} exceeds --learning_rate={self.learning_rate}; "
-                             "give a smaller --min_lr too")
-        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
-            raise ValueError(f"--lr_decay_iters={self.lr_decay_iters} is below --warmup_iters={self.warmup_iters}")
-        refuse_idle(self, wsd_decay=(self.schedule == "wsd", "without --schedule=wsd"))
-        if not 0 < self.wsd_decay <= 1:
-            raise ValueError(f"--wsd_decay={self.wsd_decay} must lie in (0, 1]")
+        check_train(self)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -12,9 +12,10 @@ from conftest import ROOT
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("extensions/*.py")])
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 # A file imports from lower levels only, so each can be read knowing only those below it.
-LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"quant", "prepare_data"},
-          {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"}, {"support.huggingface"},
-          {"support.presets", "extensions"}, {"eval"}, {"train"}, {"bench", "probe"}, {"analyze"}, {"sweep"}]
+LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"support.checks"},
+          {"quant", "prepare_data"}, {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"},
+          {"support.huggingface"}, {"support.presets", "extensions"}, {"eval"}, {"train"}, {"bench", "probe"},
+          {"analyze"}, {"sweep"}]
 
 
 def imports(path):
