@@ -108,7 +108,8 @@ class AnalyzeConfig:
             raise ValueError(f"--what={self.what} draws a picture; name its file: --out={self.what}.png")
         unknown = {p for name in self.recipes.split(",") for p in name.split("+")} - {"", *RECIPES}
         if unknown:
-            raise ValueError(f"--recipes={self.recipes}: no preset {unknown.pop()!r}; use some of {', '.join(RECIPES)}")
+            raise ValueError(f"--recipes={self.recipes}: no preset {unknown.pop()!r}; "
+                             f"use some of {', '.join(RECIPES)}")
 
     def probe(self, ckpt: str) -> Probe:
         """Return a checkpoint with the batches asked for."""
@@ -117,7 +118,12 @@ class AnalyzeConfig:
     def flags(self) -> dict[str, dict]:
         """Return {name: flat flags} of the recipes asked for, the unquantized one first."""
         names = ["E0", *filter(None, self.recipes.split(",") if self.recipes else RECIPES)]
-        return {name: {k: v for p in name.split("+") for k, v in RECIPES[p].items()} for name in names}
+        return {name: recipe(name) for name in names}
+
+
+def recipe(name: str) -> dict:
+    """Return the flat flags of presets joined by +."""
+    return {flag: value for preset in name.split("+") for flag, value in RECIPES[preset].items()}
 
 
 def new_figure(rows: int = 1, columns: int = 2, size: tuple[float, float] = (11, 4.5), **options):
@@ -133,13 +139,19 @@ def new_figure(rows: int = 1, columns: int = 2, size: tuple[float, float] = (11,
     return figure, panels
 
 
+def write_csv(rows: list[dict], path: Path) -> None:
+    """Write a table; numbers with six digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+
+
 def save(figure, rows: list[dict], out: str) -> None:
     """Write the picture, and the numbers beside it."""
     figure.savefig(out, dpi=120)
-    with open(Path(out).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(rows, Path(out).with_suffix(".csv"))
     print(f"wrote {out} and {Path(out).with_suffix('.csv')}")
 
 
@@ -306,8 +318,8 @@ def gradients(config: AnalyzeConfig) -> None:
 
 def memory(config: AnalyzeConfig) -> None:
     """Print what a step of GPT-2 small holds, on fake tensors: no arithmetic, real sizes."""
-    rows, flags = [], config.flags() if config.recipes else {"E0": {}, **{k: {
-        f: v for p in k.split("+") for f, v in RECIPES[p].items()} for k in ("w8a8", "w8a8+keep8", "w8a8+keep8+adam8")}}
+    rows, few = [], ("E0", "w8a8", "w8a8+keep8", "w8a8+keep8+adam8")
+    flags = config.flags() if config.recipes else {name: recipe(name) for name in few}
     for name, size in ((name, size) for name in flags for size in (4, 8, 16)):
         shape = BenchConfig(batch_size=size, vocab_size=50257, compile=False, dtype="bfloat16")
         with FakeTensorMode():

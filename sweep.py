@@ -19,7 +19,6 @@ if the interval holds zero: the recipe may cost up to the interval's end, and mo
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
     import support.early  # noqa: F401
 
-import csv
 import json
 import os
 import signal
@@ -34,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import extensions
-from analyze import new_figure
+from analyze import new_figure, write_csv
 from bench import BenchConfig, Variant
 from support.config import flatten, one_line_errors, parse
 from support.device import choose_device
@@ -133,10 +132,10 @@ PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradien
 
 
 class Scale(NamedTuple):
-    """How large the runs are."""
-    flags: str  # of train.py, before the row's
+    """How large the runs are: flags of train.py before the row's, the default seeds, what one run costs."""
+    flags: str
     seeds: tuple[int, ...]
-    cost: str  # of one run
+    cost: str
 
 
 SCALES = {
@@ -188,9 +187,10 @@ class SweepConfig:
 def command(config: SweepConfig, name: str, seed: int) -> list[str]:
     """Return the command line of one run, behind "python"."""
     flags = f"{SCALES[config.scale].flags} {ROWS[name].flags}".split()
-    presets = ",".join(flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset="))
-    return ["train.py", f"--preset={presets}", *(flag for flag in flags if not flag.startswith("--preset=")),
-            f"--seed={seed}", f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}/runs/{name}-{seed}"]
+    presets = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
+    others = [flag for flag in flags if not flag.startswith("--preset=")]
+    return ["train.py", f"--preset={','.join(presets)}", *others, f"--seed={seed}",
+            f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}/runs/{name}-{seed}"]
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def record(name: str, seed: int, log: list[dict], seconds: float) -> dict:
     train = [line for line in log if "grad_norm" in line]
     speeds = sorted(line["tokens_per_s"] for line in train)
     return {"row": name, "seed": seed, "status": log[-1]["status"], "step": log[-1]["step"],
-            "val_loss": [[x["step"], x["tokens"], round(x["val_loss"], 6)] for x in log if "val_loss" in x],
+            "val_loss": [[x["step"], x["tokens"], x["val_loss"]] for x in log if "val_loss" in x],
             "loss": [[line["step"], round(line["loss"], 5)] for line in train],
             "grad_norm_max": max((line["grad_norm"] for line in train), default=None),
             "tokens_per_s": round(speeds[len(speeds) // 2]) if speeds else None,
@@ -233,13 +233,15 @@ class Job:
         self.output.close()
         said = (self.folder / "train.txt").read_text(errors="replace")[-2000:].rstrip()
         if self.process.returncode in (0, 3):  # finished, or diverged: a result
-            return record(self.name, self.seed, read_log(self.folder / "log.jsonl"), time.monotonic() - self.started)
+            seconds = time.monotonic() - self.started
+            return record(self.name, self.seed, read_log(self.folder / "log.jsonl"), seconds)
         if "another run" in said:  # a sweep that was killed has left it running
             time.sleep(2)
             return None
         last = said.splitlines()[-1] if said else ""
-        raise ValueError(f"{self.name} with seed {self.seed} failed with exit code {self.process.returncode}: {last}; "
-                         f"see {self.folder}/train.txt, mend it and start the sweep again")
+        raise ValueError(f"{self.name} with seed {self.seed} failed with exit code "
+                         f"{self.process.returncode}: {last}; see {self.folder}/train.txt, "
+                         "mend it and start the sweep again")
 
 
 def sweep(config: SweepConfig) -> None:
@@ -273,8 +275,9 @@ def sweep(config: SweepConfig) -> None:
                         file.write(json.dumps(line) + "\n")
                     done[run], made = line, made + 1
                     left = (time.monotonic() - started) / made * (len(todo) + len(jobs))
+                    end = describe(line, done.get(("E0", job.seed)))
                     print(f"{sum(r in done for r in wanted)}/{len(wanted)} {job.name}, seed {job.seed}: "
-                          f"{describe(line, done.get(('E0', job.seed)))}, about {left / 3600:.1f} h left", flush=True)
+                          f"{end}, about {left / 3600:.1f} h left", flush=True)
         finally:  # Ctrl-C or SIGTERM or a failed run: the others save and leave
             for job in jobs:
                 job.process.terminate()
@@ -299,11 +302,15 @@ def describe(line: dict, base: dict | None) -> str:
 # the report
 
 class Difference(NamedTuple):
-    """A row beside another one, over the seeds that both have."""
-    mean: float  # nats per token; nan if no pair finished
-    half: float  # half of the 95 % interval
+    """A row beside another one, over the seeds that both have.
+
+    mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: that finished.
+    diverged: runs of the row that did, among those whose partner finished.
+    """
+    mean: float
+    half: float
     pairs: int
-    diverged: int  # runs of the row that did, among those whose partner finished
+    diverged: int
 
     def verdict(self) -> str:
         """Return tie, better, worse, or diverged."""
@@ -348,13 +355,15 @@ def judge(d: Difference, expected: str) -> str:
         return f"confirmed, to within {d.half + abs(d.mean):.3f}" if found == "tie" else "confirmed"
     if found == "tie":  # an effect may be real and too small to be seen
         return f"not decidable: below {d.half + abs(d.mean):.3f} if any"
-    return "worse, but not diverged in these runs" if (expected, found) == ("diverged", "worse") else "contradicted"
+    mild = (expected, found) == ("diverged", "worse")
+    return "worse, but not diverged in these runs" if mild else "contradicted"
 
 
 def memory(config: SweepConfig, name: str) -> dict[str, float]:
     """Return MiB that one step of a row keeps for backward, allocates at most, and its bytes of moments a parameter."""
     train = parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS)
-    shape = BenchConfig(batch_size=train.batch_size, compile=False, dtype=train.dtype or "float32", model=train.model)
+    shape = BenchConfig(batch_size=train.batch_size, compile=False, dtype=train.dtype or "float32",
+                        model=train.model)
     variant = Variant(name, shape, choose_device(train.device), flatten(train))
     variant.step()  # the first makes the moments
     found = variant.memory()
@@ -387,11 +396,9 @@ def report(config: SweepConfig) -> None:
     out, done = Path(config.out_dir), read_runs(Path(config.out_dir, "runs.jsonl"))
     rows = table(config, done)
     if not rows or rows[0]["id"] != "E0":
-        raise ValueError(f"{out}/runs.jsonl has no run of E0 yet; python sweep.py --scale={config.scale} --rows=E0")
-    with open(out / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        raise ValueError(f"{out}/runs.jsonl has no run of E0 yet; "
+                         f"python sweep.py --scale={config.scale} --rows=E0")
+    write_csv(rows, out / "table.csv")
 
     def cell(value: float | str | None) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -399,7 +406,8 @@ def report(config: SweepConfig) -> None:
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
         d = compare(done, name, base)
-        shown = f"{name} - {base}: {d.mean:+.4f} +- {d.half:.4f} ({d.pairs} seeds)" if d.pairs else f"{name} - {base}"
+        shown = f"{name} - {base}"
+        shown += f": {d.mean:+.4f} +- {d.half:.4f} ({d.pairs} seeds)" if d.pairs else ""
         shown += f", diverged {d.diverged}" if d.diverged else ""
         lines.append(f"| {name}: {claim} | {shown} | {judge(d, expected)} |")
     lines += ["", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
@@ -442,7 +450,8 @@ def main() -> None:
         config.resolve()
         if config.show:
             for name, seed in config.runs():
-                print(f"{name}, seed {seed}: " + " ".join([config.launcher or "python", *command(config, name, seed)]))
+                words = [config.launcher or "python", *command(config, name, seed)]
+                print(f"{name}, seed {seed}: " + " ".join(words))
         elif config.report:
             report(config)
         else:
