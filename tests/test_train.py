@@ -263,7 +263,8 @@ def test_ranks_hold_identical_weights(data, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert same(*ranks)
     assert any(state["exp_avg"].dtype == torch.uint8 for state in ranks[0][1]["state"].values())
-    assert group([*argv, "--gradient_accumulation_steps=3"], 2) == [2, 2]  # does not divide: refused by both
+    codes = group([*argv, "--gradient_accumulation_steps=3"], 2)  # does not divide over them
+    assert 2 in codes and 0 not in codes  # the other one may miss who has left first
 
 
 def test_the_global_batch_is_the_same_at_any_world_size():
