@@ -7,7 +7,13 @@ is the loss divided by ln 2 and by the bytes a token stands for: with it, tokeni
 
     python eval.py --ckpt=out                       # as trained
     python eval.py --ckpt=out --quantizers=off      # the same weights without their quantizers
+    python eval.py --ckpt=out --recipe=W4,abits=8   # under others: post-training quantization
+    python eval.py --ckpt=out --ptq                 # the loss under the paper's grid of weights and activations
     python eval.py --ckpt=out --export=out/hf       # no evaluation: for transformers' GPT2LMHeadModel.from_pretrained
+    python eval.py --ckpt=out --export=out/w8.safetensors    # 8-bit weights as codes, one byte each; --ckpt reads it
+    python eval.py --hf=DIR --dataset=openwebtext   # weights from Hugging Face
+
+Extensions have more to offer: their flags are the last ones of --help.
 """
 
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
@@ -15,7 +21,7 @@ if __name__ == "__main__":  # first: a bad command line is refused before torch 
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -26,18 +32,23 @@ import torch.distributed as dist
 import extensions
 from model import GPT
 from prepare_data import DataConfig, get_tokenizer, open_dataset
-from quant import QuantLinear
+from quant import QuantConfig, QuantLinear
 from support.checkpoint import load_checkpoint, model_from
-from support.config import one_line_errors, parse, refuse_idle
+from support.codes import export_codes, load_codes, with_codes
+from support.config import differences, one_line_errors, own, parse, refuse_idle
 from support.device import choose_device
-from support.huggingface import export_hf
+from support.huggingface import export_hf, load_hf
+from support.presets import PRESETS, SIZES
 
 
 @dataclass
 class EvalConfig:
     """Evaluate a checkpoint."""
     ckpt: str = "out"  # a checkpoint, or the out_dir of a run
+    hf: str = ""  # or a folder in Hugging Face's GPT-2 layout, instead of a checkpoint
     quantizers: Literal["trained", "off"] = "trained"  # those of training, or none
+    recipe: str = ""  # others, after the fact: presets and flags with commas, as W4,abits=8
+    ptq: bool = False  # the loss under the paper's grid of 8- and 4-bit weights and activations
     dataset: str | None = None  # the data to evaluate on; auto: the run's own
     data_dir: str | None = None  # where the shards lie; auto: where the run found them
     eval_tokens: int | None = None  # validation tokens used, 0: all; auto: as in training
@@ -49,18 +60,48 @@ class EvalConfig:
     temperature: float = 0.8  # of the sample; 0: always the likeliest token
     top_k: int = 50  # the sample draws from so many of the likeliest tokens; 0: from all
     seed: int = 0  # of the sample
-    export: str = ""  # only write the weights to this folder, in Hugging Face's GPT-2 layout
+    export: str = ""  # only write the weights: to this folder, in Hugging Face's layout, or to NAME.safetensors
+    more: extensions.EvalConfig = field(default_factory=extensions.EvalConfig)
 
     def __post_init__(self):
         for name in ("batch_size", "eval_tokens", "sample_tokens", "seed", "temperature", "top_k"):
             low = int(name == "batch_size")
             if not low <= (getattr(self, name) or 0) < 2**53:  # None: auto
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {low}, and finite")
-        # flags that would be ignored: of a sample that is not drawn, or next to --export
+        # flags that would be ignored: of a sample that is not drawn, or next to one that leaves them no work
         refuse_idle(self, **{name: (self.sample_tokens > 0, "without --sample_tokens above 0")
                              for name in ("prompt", "temperature", "top_k")})
-        refuse_idle(self, **{f.name: (not self.export, "with --export") for f in fields(self)
-                             if f.name not in ("ckpt", "export")})
+        other = next(iter(differences(self.more)), "")  # what an extension does instead
+        ours = [f.name for f in fields(self) if f.name != "more"]
+        used = ("ckpt", "hf", "quantizers", "recipe", "batch_size", "device", "dtype")
+        refuse_idle(self, **{name: (not other, f"with --{other}") for name in ours if name not in used})
+        refuse_idle(self, **{name: (not self.export, "with --export")
+                             for name in ours if name not in ("ckpt", "export")})
+        refuse_idle(self, quantizers=(not self.recipe, "with --recipe"))
+        refuse_idle(self, **{name: (not self.ptq, "with --ptq") for name in
+                             ("quantizers", "recipe", "prompt", "sample_tokens", "temperature", "top_k", "seed")})
+        refuse_idle(self, ckpt=(not self.hf, "with --hf"), quantizers=(not self.hf, "with --hf"))
+        if self.hf and not (self.dataset or other):
+            raise ValueError(f"--hf={self.hf} needs --dataset=NAME: data in the tokens of GPT-2")
+
+
+# after training, as in the paper: weights in 8 or 4 bits, activations in 32, 8 or 4
+PTQ = [",".join(filter(None, (w, a))) for w in ("", "W2", "W1", "W4", "W3") for a in ("", "A2", "A1", "A4", "A3")]
+
+
+def recipe_flags(text: str) -> dict:
+    """Return the flat flags of --recipe. Raises: ValueError for what is neither a preset nor flag=value."""
+    presets, flags = {k: v for k, v in (PRESETS | extensions.PRESETS).items() if k not in SIZES}, {}
+    parts = list(filter(None, text.split(",")))
+    for part in (part for part in parts if "=" not in part):
+        if part not in presets:
+            raise ValueError(f"--recipe={text}: {part!r} is no preset of a recipe; use some of {', '.join(presets)}, "
+                             "or flags of quant.py as wbits=4")
+        flags |= presets[part]
+    ours = {f.name for f in fields(QuantConfig)}
+    config = parse(QuantConfig, [f"--{part}" for part in parts if "=" in part],
+                   base=lambda given: {k: v for k, v in flags.items() if k in ours})
+    return flags | differences(config)
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +165,8 @@ def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 
     tokenizer = get_tokenizer(tokenizer_name)
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)  # what begins a document
     idx = torch.tensor([ids], device=model.wte.weight.device)  # (1, T)
-    out = model.generate(idx, new_tokens, temperature, top_k, seed)[0].tolist()
+    cached = not shares_scales(model)
+    out = model.generate(idx, new_tokens, temperature, top_k, seed, cached)[0].tolist()
     return tokenizer.decode(out[1:])  # without the end-of-text token
 
 
@@ -134,39 +176,72 @@ def show(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
+def open_hf(path: Path) -> dict:
+    """Return what load_checkpoint would, for a folder in Hugging Face's layout."""
+    try:
+        source = load_hf(path)
+    except (ValueError, OSError) as error:
+        raise type(error)(str(error).replace("--init_from", "--hf")) from None
+    flags = {"data_dir": DataConfig.data_dir, "eval_tokens": 0, "dtype": "float32"}
+    return {**source, "config": flags | source["config"], "step": 0, "extensions": []}
+
+
 def main() -> None:
-    """Print validation loss and a sample of a checkpoint, or export it."""
+    """Print validation loss and a sample of a checkpoint, export it, or do what an extension has to offer."""
     config = parse(EvalConfig, doc=__doc__)
     with one_line_errors():
         # (1) the model; without quantizers, all flags of recipes and extensions are at their defaults
-        checkpoint, trained = load_checkpoint(Path(config.ckpt)), config.quantizers == "trained"
+        source, trained = config.hf or config.ckpt, config.quantizers == "trained" and not config.recipe
+        checkpoint = open_hf(Path(config.hf)) if config.hf else load_codes(Path(config.ckpt)) \
+            if config.ckpt.endswith(".safetensors") else load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]  # {flag: value} of the training run
         for name in set(checkpoint["extensions"]) - set(extensions.EXTENSIONS) if trained else ():
             raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which is not here; "
                              "--quantizers=off evaluates its weights without")
-        linear = extensions.linears(flat if trained else {"n_layer": flat["n_layer"]})
-        model = model_from(checkpoint, linear, getattr(torch, config.dtype or flat["dtype"]))
-        if trained:
-            extensions.at_step(flat, model, checkpoint["step"])
+        used = flat if trained else {"n_layer": flat["n_layer"], **recipe_flags(config.recipe)}
+        dtype = config.dtype or flat["dtype"]
+
+        def build(used: dict) -> GPT:
+            linear = extensions.linears(used)
+            if trained and not config.ptq and "codes" in checkpoint:
+                linear = with_codes(linear, checkpoint["codes"])
+            model = model_from(checkpoint, linear, getattr(torch, dtype))
+            extensions.at_step(used, model, checkpoint["step"])
+            return model
+        model = build(used)
         # (2) export, and nothing else
+        if config.export.endswith(".safetensors"):
+            return print(export_codes(model, Path(config.export), checkpoint))
         if config.export:
             files = export_hf(model, Path(config.export), flat)
             note = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
             return print(f"wrote {config.export}: {', '.join(files)}{note}")
-        # (3) the data it was trained on, or others of the same vocabulary
         device = choose_device(config.device)
+        model.to(device)
+        recipe = differences(own(QuantConfig, used)) | differences(own(extensions.Config, used))
+        meta = {"source": source, "step": checkpoint["step"], "quantizers": config.recipe or config.quantizers,
+                "recipe": recipe, "device": device, "dtype": dtype}
+        if extensions.evaluate(config.more, model, config.batch_size, shares_scales(model), meta):
+            return None
+        # (3) the data it was trained on, or others of the same vocabulary
         dataset, data_dir = config.dataset or flat["dataset"], config.data_dir or flat["data_dir"]
         _, val, meta = open_dataset(DataConfig(dataset, data_dir))
         if meta["vocab_size"] != checkpoint["vocab_size"]:
             raise ValueError(f"the data has {meta['vocab_size']} tokens, the checkpoint "
-                             f"{checkpoint['vocab_size']}; choose the --dataset it was trained on ({flat['dataset']})")
-        model.to(device)
+                             f"{checkpoint['vocab_size']}; choose the --dataset it was trained on "
+                             f"({flat.get('dataset', 'unknown')})")
         # (4) what it is worth
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)
+        if config.ptq:
+            print(f"{source} at step {checkpoint['step']}, quantized after training; nats per token, {dtype}, {device}")
+            for recipe in PTQ:
+                model = build({"n_layer": flat["n_layer"], **recipe_flags(recipe)}).to(device)
+                print(f"{recipe or 'E0':8} {evaluate(model, windows, config.batch_size):.4f}", flush=True)
+            return None
         loss = evaluate(model, windows, config.batch_size)
         bpb, tokens = bits_per_byte(loss, meta["val"]), windows.size - len(windows)
-        print(f"{config.ckpt} at step {checkpoint['step']}, quantizers {config.quantizers}, {model.dtype}, {device}")
+        print(f"{source} at step {checkpoint['step']}, quantizers {config.recipe or config.quantizers}, {model.dtype}, {device}")
         print(f"val_loss {loss:.4f} nats per token, {bpb:.4f} bits per byte "
               f"({tokens:,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
         if config.sample_tokens:
