@@ -241,7 +241,8 @@ def main() -> None:
             return None
         loss = evaluate(model, windows, config.batch_size)
         bpb, tokens = bits_per_byte(loss, meta["val"]), windows.size - len(windows)
-        print(f"{source} at step {checkpoint['step']}, quantizers {config.recipe or config.quantizers}, {model.dtype}, {device}")
+        quantizers = config.recipe or config.quantizers
+        print(f"{source} at step {checkpoint['step']}, quantizers {quantizers}, {model.dtype}, {device}")
         print(f"val_loss {loss:.4f} nats per token, {bpb:.4f} bits per byte "
               f"({tokens:,} tokens; unigram entropy {unigram_entropy(val):.4f} nats)")
         if config.sample_tokens:

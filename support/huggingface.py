@@ -19,12 +19,12 @@ FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_e
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def _safetensors():
+def load_safetensors():
     """Import the optional dependency, or say how to get it."""
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("Hugging Face's files need safetensors: pip install safetensors") from None
+        raise ValueError("this file format needs safetensors: pip install safetensors") from None
     return safetensors
 
 
@@ -40,14 +40,14 @@ def load_hf(path: Path) -> dict:
         hf, files = json.loads((path / "config.json").read_text()), {"model.safetensors"}
         if index.exists():
             files = set(json.loads(index.read_text())["weight_map"].values())
-        load = _safetensors().torch.load_file
+        load = load_safetensors().torch.load_file
         weights = {k: v for file in files for k, v in load(path / file).items()}
         config = GPTConfig(*(hf[key] for key in ("n_layer", "n_head", "n_embd", "n_positions")))
         vocab_size = hf["vocab_size"]
         for key, same in (FIXED | {"n_inner": (None, 4 * config.n_embd)}).items():
             if hf.get(key, same[0]) not in same:
                 raise ValueError(f"{key}={hf[key]}, here it is {same[0]}")
-    except (ValueError, TypeError, KeyError, AttributeError, _safetensors().SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, load_safetensors().SafetensorError) as error:
         raise ValueError(f"--init_from={path}: not a GPT-2 in Hugging Face's layout ({error})") from None
     # (2) our names and our layout
     weights = {k.removeprefix("transformer."): (v.T if k.endswith(TRANSPOSED) else v).float()
@@ -123,8 +123,8 @@ def export_hf(model: GPT, folder: Path, flat: dict | None = None) -> list[str]:
              for k, v in _plain_weights(model).items()}
     file = folder / "model.safetensors"
     try:
-        _safetensors().torch.save_file(state, file, metadata={"format": "pt"})
-    except _safetensors().SafetensorError as error:
+        load_safetensors().torch.save_file(state, file, metadata={"format": "pt"})
+    except load_safetensors().SafetensorError as error:
         file.unlink(missing_ok=True)
         raise OSError(f"could not write {file}: {error}") from error
     # (2) what from_pretrained wants beside them

@@ -81,3 +81,24 @@ def test_eval_prints_what_train_logged(run, call, tmp_path):
                           ("--batch_size=0", "--batch_size=0"), ("--top_k=-1", "--top_k=-1")):
         code, _, err = call(evaluation.main, *flags, flag)
         assert code == 2 and message in err.splitlines()[-1]
+
+
+def test_other_quantizers_after_the_fact(run, call, tmp_path):
+    """--recipe takes presets and flags: that of training prints training's loss; --ptq has the paper's grid."""
+    ckpt = f"--ckpt={tmp_path}/a"
+    assert run(tmp_path / "a", "--wbits=4", "--abits=8", "--agran=per_tensor")[0] == 0
+
+    def loss(*flags):
+        code, out, err = call(evaluation.main, ckpt, "--sample_tokens=0", *flags)
+        assert code == 0, err
+        return out.splitlines()[1]
+    trained, off = loss(), loss("--quantizers=off")
+    assert loss("--recipe=W4,abits=8,agran=per_tensor") == loss("--recipe=wbits=4,A1") == trained != off
+    assert loss("--recipe=E0") == off
+    rows = dict(line.split() for line in call(evaluation.main, ckpt, "--ptq")[1].splitlines()[1:])
+    assert len(rows) == 25 and rows["E0"] in off and rows["W4,A1"] in trained and rows["W3,A3"] != rows["E0"]
+    for flags, words in ((["--recipe=W9"], "'W9' is no preset of a recipe"), (["--recipe=tiny"], "'tiny' is no preset"),
+                         (["--recipe=wgran=per_tensor"], "has no effect without --wbits"),
+                         (["--recipe=W4", "--quantizers=off"], "with --recipe"), (["--ptq", "--seed=1"], "with --ptq")):
+        code, out, err = call(evaluation.main, ckpt, *flags)
+        assert code == 2 and words in err and not out

@@ -1,0 +1,48 @@
+"""support/codes.py: a file of int8 codes is the model it was written from, to the last bit, or one line of refusal."""
+
+import pytest
+import torch
+from conftest import column
+
+import eval as evaluation
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+@pytest.mark.parametrize("flags", [["--wbits=8", "--abits=8"], ["--wbits=8", "--wgran=per_block", "--wblock=32"],
+                                   ["--wbits=8", "--gemm=int8", "--abits=8", "--quant_head"], ["--preset=tiny,lsq8,W2"],
+                                   ["--wbits=8", "--abits=4", "--asym", "--skip_blocks=0", "--untied_head"]])
+def test_the_loss_is_the_same_to_the_last_bit(flags, run, call, tmp_path):
+    """Codes are int8 and those of the recipe, the rest is fp32, and eval.py prints the same from either."""
+    if "lsq8" in str(flags):
+        flags = [*flags, "--wbits=32"]  # its steps are no codes: refused below
+    assert run(tmp_path / "a", "--n_layer=2", *flags)[0] == 0
+    file = tmp_path / "codes.safetensors"
+    code, out, err = call(evaluation.main, f"--ckpt={tmp_path}/a", f"--export={file}")
+    if "lsq8" in str(flags):
+        assert code == 2 and "no layer has 8-bit weights; train with --wbits=8" in err
+        return
+    assert code == 0 and out.startswith(f"wrote {file}:"), err
+    tensors = safetensors.load_file(file)
+    codes = {k for k in tensors if k.endswith(".codes")}
+    assert {tensors[k].dtype for k in codes} == {torch.int8}
+    assert len(codes) == (4 if "--skip_blocks=0" in flags else 8) + ("--quant_head" in flags)
+    assert not {k.removesuffix(".codes") for k in codes} & tensors.keys()
+    before, after = (call(evaluation.main, f"--ckpt={path}", "--sample_tokens=40")[1].split("\n", 1)
+                     for path in (tmp_path / "a", file))
+    assert before[1] == after[1] and f"{column(tmp_path / 'a', 'val_loss')[-1]:.4f}" in after[1]
+
+
+def test_refused(run, call, tmp_path):
+    """4-bit weights, a damaged file, one of another kind, and none: one line each."""
+    assert run(tmp_path / "a", "--wbits=4")[0] == run(tmp_path / "b", "--wbits=8")[0] == 0
+    file = tmp_path / "codes.safetensors"
+    assert "has no 8-bit integer codes" in call(evaluation.main, f"--ckpt={tmp_path}/a", f"--export={file}")[2]
+    assert "there is no" in call(evaluation.main, f"--ckpt={file}")[2]
+    assert call(evaluation.main, f"--ckpt={tmp_path}/b", f"--export={file}")[0] == 0
+    whole = file.read_bytes()
+    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
+    for data in (whole[:-5], whole[:100], b"", (tmp_path / "other.safetensors").read_bytes()):
+        file.write_bytes(data)
+        code, out, err = call(evaluation.main, f"--ckpt={file}")
+        assert code == 2 and "is damaged, or not written by eval.py --export" in err and err.count("\n") == 1
