@@ -370,6 +370,8 @@ def evaluate(config: EvalConfig, model: GPT, batch_size: int, alone: bool, meta:
     """Print what the model makes of --tasks, and write it to --json. Args: alone: see Scorer.  meta: for that file."""
     names = [name for name in config.tasks.replace(" ", "").split(",") if name]
     names = list(dict.fromkeys("lambada_openai" if name == "lambada" else name for name in names))
+    if not names:
+        raise ValueError(f"--tasks={config.tasks} names no task; as lambada_openai,hellaswag")
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json={config.json}: there is no such folder; make it first")
     lm, tasks = harness_model(model, batch_size, alone), load_tasks(names, config.task_dir)
