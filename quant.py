@@ -409,6 +409,9 @@ class QuantLinear(nn.Linear):
             return F.linear(x, w.to(x.dtype), bias)
         if x.dtype == torch.float16:
             raise ValueError("QuantLinear overflows in float16; use bfloat16 or float32")
-        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, self.recipe)  # (M, N)
+        recipe = self.recipe
+        if recipe.backward == "early" and not torch.is_grad_enabled():  # nothing waits for backward
+            recipe = replace(recipe, backward="fp")
+        y = _QuantLinear.apply(x.reshape(-1, x.shape[-1]), w, recipe)  # (M, N)
         y = y if bias is None else y + bias  # outside: its gradient comes from the untouched g
         return y.view(*x.shape[:-1], -1)
