@@ -2,7 +2,7 @@
 
     python sweep.py                                   # about six hours of two cores; cut off, it goes on where it was
     python sweep.py --rows=E0,C1,W4 --seeds=1         # a part of it
-    python sweep.py --report                          # table.md, table.csv, curves.png from the runs there are
+    python sweep.py --report                          # tables and figures of the runs there are
     python sweep.py --scale=paper --show              # only print the commands
 
 A row is a few flags of train.py. Each of its runs is an ordinary one: `--show` prints its command. What a finished run
@@ -19,6 +19,7 @@ if the interval holds zero: the recipe may cost up to the interval's end, and mo
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
     import support.early  # noqa: F401
 
+import csv
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ import torch
 import extensions
 from analyze import new_figure, write_csv
 from bench import BenchConfig, Variant
+from probe import Probe, probe_rows
 from support.config import flatten, one_line_errors, parse
 from support.device import choose_device
 from support.lock import lock
@@ -124,7 +126,8 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos:.4f} between seeds
-(sweep.py says how). Memory: one step, uncompiled, MiB.
+(sweep.py says how). Memory: one step, uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Each run
+had one thread, OMP_NUM_THREADS=1, beside other work: tokens_per_s are lower bounds.
 """
 # what the panels of curves.png show beside E0
 PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",
@@ -158,7 +161,7 @@ class SweepConfig:
     data_dir: str = "data"  # where the token shards are, or are made
     launcher: str = ""  # starts train.py, as "torchrun --nproc_per_node=8"; empty: this Python
     show: bool = False  # only print the commands
-    report: bool = False  # only write table.md, table.csv and curves.png
+    report: bool = False  # only write tables and figures
 
     def __post_init__(self):
         for name in filter(None, self.rows.split(",")):
@@ -359,6 +362,23 @@ def judge(d: Difference, expected: str) -> str:
     return "worse, but not diverged in these runs" if mild else "contradicted"
 
 
+def probes(config: SweepConfig, names: list[str]) -> dict[str, dict]:
+    """Return what E0's checkpoint says of each row (probe.py); probe.csv keeps it, and stands in for the checkpoint."""
+    path, ckpt = Path(config.out_dir, "probe.csv"), Path(config.out_dir, f"runs/E0-{SCALES[config.scale].seeds[0]}")
+    known = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            known = {row["recipe"]: row for row in csv.DictReader(file)}
+    missing = [name for name in names if name not in known]
+    if missing and (ckpt / "ckpt.pt").exists():
+        flags = {name: flatten(parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS))
+                 for name in missing}
+        rows = probe_rows(Probe(str(ckpt), data_dir=config.data_dir), flags)
+        known |= {row["recipe"]: row for row in rows if row["layer"] == "all"}
+        write_csv(list(known.values()), path)
+    return known
+
+
 def memory(config: SweepConfig, name: str) -> dict[str, float]:
     """Return MiB that one step of a row keeps for backward, allocates at most, and its bytes of moments a parameter."""
     train = parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS)
@@ -372,8 +392,9 @@ def memory(config: SweepConfig, name: str) -> dict[str, float]:
 
 def table(config: SweepConfig, done: dict) -> list[dict]:
     """Return a dict of columns for every row that has runs."""
-    rows = []
-    for name in (n for n in ROWS if any(row == n for row, _ in done)):
+    rows, names = [], [name for name in ROWS if any(row == name for row, _ in done)]
+    probed = probes(config, names)
+    for name in names:
         mine = [line for (row, _), line in sorted(done.items()) if row == name]
         losses = [final(line) for line in mine if line["status"] == "finished"]
         d = compare(done, name, "E0")
@@ -385,6 +406,7 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
             "diverged": ", ".join(f"{x['seed']}: step {x['step']}" for x in mine if x["status"] != "finished"),
             "verdict": d.verdict() if name != "E0" and d.pairs + d.diverged else "",
             "tokens_per_s": statistics.median(x["tokens_per_s"] for x in mine if x["tokens_per_s"]),
+            **{f"probe_{key}": probed[name][key] if name in probed else None for key in ("loss", "bias", "update")},
             **memory(config, name), "paper": ROWS[name].paper,
             "command": " ".join(["python", *(a for a in command(config, name, mine[0]["seed"])
                                              if not a.startswith(("--data_dir", "--out_dir")))])})
@@ -414,7 +436,8 @@ def report(config: SweepConfig) -> None:
     lines += ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     draw(done, out / "curves.png")
-    print("\n".join(lines) + f"\n\nwrote {out}/table.md, table.csv and curves.png")
+    draw_probe(rows, out / "probe.png")
+    print("\n".join(lines) + f"\n\nwrote {out}/table.md, table.csv, curves.png and probe.png")
 
 
 def draw(done: dict, path: Path) -> None:
@@ -439,6 +462,22 @@ def draw(done: dict, path: Path) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("validation loss, nats per token")
     figure.savefig(path, dpi=80)
+
+
+def draw_probe(rows: list[dict], path: Path) -> None:
+    """Draw what one checkpoint said against what training said, by the measure that suits the kind of a row."""
+    figure, panels = new_figure(1, 3, size=(16, 5))
+    for panel, (key, unit) in zip(panels[0], (("loss", "change of the loss, nats"), ("bias", "bias of the gradient"),
+                                              ("update", "error of Adam's update")), strict=True):
+        for row in rows:
+            x, y = float(row[f"probe_{key}"] or 0), row["diff_to_E0_mean"]
+            if x > 1e-9 and y is not None:
+                half = row["diff_to_E0_ci"] if row["diff_to_E0_ci"] not in (None, float("inf")) else 0.0
+                panel.errorbar(x, y, half, fmt="o", ms=3, color="tab:blue", alpha=0.6)
+                panel.annotate(row["id"], (x, y), fontsize=7)
+        panel.set(xscale="log", yscale="symlog", xlabel=f"one checkpoint: {unit}")
+    panels[0][0].set_ylabel("training: validation loss - E0's, nats per token")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
