@@ -78,15 +78,16 @@ class EvalConfig:
         refuse_idle(self, **{name: (not self.export, "with --export")
                              for name in ours if name not in ("ckpt", "export")})
         refuse_idle(self, quantizers=(not self.recipe, "with --recipe"))
-        refuse_idle(self, **{name: (not self.ptq, "with --ptq") for name in
-                             ("quantizers", "recipe", "prompt", "sample_tokens", "temperature", "top_k", "seed")})
+        refuse_idle(self, **{name: (not self.ptq, "with --ptq") for name in (
+            "quantizers", "recipe", "prompt", "sample_tokens", "temperature", "top_k", "seed")})
         refuse_idle(self, ckpt=(not self.hf, "with --hf"), quantizers=(not self.hf, "with --hf"))
         if self.hf and not (self.dataset or other):
             raise ValueError(f"--hf={self.hf} needs --dataset=NAME: data in the tokens of GPT-2")
 
 
 # after training, as in the paper: weights in 8 or 4 bits, activations in 32, 8 or 4
-PTQ = [",".join(filter(None, (w, a))) for w in ("", "W2", "W1", "W4", "W3") for a in ("", "A2", "A1", "A4", "A3")]
+PTQ = [",".join(filter(None, (w, a)))
+       for w in ("", "W2", "W1", "W4", "W3") for a in ("", "A2", "A1", "A4", "A3")]
 
 
 def recipe_flags(text: str) -> dict:
@@ -191,7 +192,8 @@ def main() -> None:
     config = parse(EvalConfig, doc=__doc__)
     with one_line_errors():
         # (1) the model; without quantizers, all flags of recipes and extensions are at their defaults
-        source, trained = config.hf or config.ckpt, config.quantizers == "trained" and not config.recipe
+        source = config.hf or config.ckpt
+        trained = config.quantizers == "trained" and not config.recipe
         checkpoint = open_hf(Path(config.hf)) if config.hf else load_codes(Path(config.ckpt)) \
             if config.ckpt.endswith(".safetensors") else load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]  # {flag: value} of the training run
@@ -219,8 +221,8 @@ def main() -> None:
         device = choose_device(config.device)
         model.to(device)
         recipe = differences(own(QuantConfig, used)) | differences(own(extensions.Config, used))
-        meta = {"source": source, "step": checkpoint["step"], "quantizers": config.recipe or config.quantizers,
-                "recipe": recipe, "device": device, "dtype": dtype}
+        meta = {"source": source, "step": checkpoint["step"], "recipe": recipe,
+                "quantizers": config.recipe or config.quantizers, "device": device, "dtype": dtype}
         if extensions.evaluate(config.more, model, config.batch_size, shares_scales(model), meta):
             return None
         # (3) the data it was trained on, or others of the same vocabulary
@@ -234,10 +236,12 @@ def main() -> None:
         eval_tokens = flat["eval_tokens"] if config.eval_tokens is None else config.eval_tokens
         windows = val_windows(val, model.config.block_size, eval_tokens)
         if config.ptq:
-            print(f"{source} at step {checkpoint['step']}, quantized after training; nats per token, {dtype}, {device}")
+            print(f"{source} at step {checkpoint['step']}, quantized after training; nats per token, "
+                  f"{dtype}, {device}")
             for recipe in PTQ:
                 model = build({"n_layer": flat["n_layer"], **recipe_flags(recipe)}).to(device)
-                print(f"{recipe or 'E0':8} {evaluate(model, windows, config.batch_size):.4f}", flush=True)
+                loss = evaluate(model, windows, config.batch_size)
+                print(f"{recipe or 'E0':8} {loss:.4f}", flush=True)
             return None
         loss = evaluate(model, windows, config.batch_size)
         bpb, tokens = bits_per_byte(loss, meta["val"]), windows.size - len(windows)

@@ -33,14 +33,16 @@ from support.config import own
 class Probe:
     """A checkpoint, batches of its validation split, and its model under any recipe."""
 
-    def __init__(self, ckpt: str, batches: int = 6, batch_size: int = 16, data_dir: str | None = None):
+    def __init__(self, ckpt: str, batches: int = 6, batch_size: int = 16,
+                 data_dir: str | None = None):
         self.checkpoint = load_checkpoint(Path(ckpt))
         self.flat = self.checkpoint["config"]
         folder = DataConfig(self.flat["dataset"], data_dir or self.flat["data_dir"])
         _, val, meta = open_dataset(folder)
         if meta["vocab_size"] != self.checkpoint["vocab_size"]:
-            raise ValueError(f"the data in --data_dir={folder.data_dir} has a vocabulary of {meta['vocab_size']}, "
-                             f"{ckpt} one of {self.checkpoint['vocab_size']}; name the folder it was trained on")
+            raise ValueError(f"the data in --data_dir={folder.data_dir} has a vocabulary of "
+                             f"{meta['vocab_size']}, {ckpt} one of {self.checkpoint['vocab_size']}; "
+                             "name the folder it was trained on")
         T, n = self.flat["block_size"], batches * batch_size
         windows = torch.from_numpy(val_windows(val, T, n * T))  # (windows, T+1), evenly spread
         if len(windows) < n:
@@ -64,7 +66,8 @@ class Probe:
             model.zero_grad()
             loss = model(batch[:, :-1], batch[:, 1:])
             loss.backward()
-            yield loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            yield loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()
+                                if p.grad is not None}
 
 
 def flat_norm(tensors: dict[str, Tensor]) -> float:
@@ -72,20 +75,30 @@ def flat_norm(tensors: dict[str, Tensor]) -> float:
     return sum(t.double().square().sum().item() for t in tensors.values()) ** 0.5
 
 
-def compare_gradients(exact: list[dict[str, Tensor]], found: list[dict[str, Tensor]], names: list[str]) -> dict:
+def dot(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
+    """Return the inner product of those tensors, summed in float64."""
+    return sum((a[n].double() * b[n].double()).sum().item() for n in names)
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard deviation; of a single value 0."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def compare_gradients(exact: list[dict[str, Tensor]], found: list[dict[str, Tensor]],
+                      names: list[str]) -> dict:
     """Return error, cosine, slope (means over batches; error_std over batches) and bias of the gradients `names`."""
     errors, cosines, slopes, drift = [], [], [], {n: 0.0 for n in names}
     for g, q in zip(exact, found, strict=True):
-        dots = [sum((a[n].double() * b[n].double()).sum().item() for n in names) for a, b in ((g, g), (g, q), (q, q))]
-        gg, gq, qq = dots
+        gg, gq, qq = dot(g, g, names), dot(g, q, names), dot(q, q, names)
         errors.append(max(0.0, qq - 2 * gq + gg) ** 0.5 / gg**0.5 if gg else float("nan"))
         cosines.append(gq / (gg * qq) ** 0.5 if gg * qq else float("nan"))
         slopes.append(gq / gg if gg else float("nan"))
         drift = {n: d + (q[n] - g[n]) / len(exact) for n, d in drift.items()}
     mean = {n: sum(g[n] for g in exact) / len(exact) for n in names}
-    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-    return {"error": statistics.mean(errors), "error_std": spread, "cosine": statistics.mean(cosines),
-            "slope": statistics.mean(slopes), "bias": flat_norm(drift) / (flat_norm(mean) or float("nan"))}
+    return {"error": statistics.mean(errors), "error_std": spread(errors),
+            "cosine": statistics.mean(cosines), "slope": statistics.mean(slopes),
+            "bias": flat_norm(drift) / (flat_norm(mean) or float("nan"))}
 
 
 def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | None:
@@ -94,10 +107,10 @@ def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | No
     None where the flags store nothing, or the checkpoint's own moments are no fp32 ones.
     """
     config, saved = own(OptimConfig, flags), checkpoint.get("optimizer", {}).get("state", {})
-    trained = AdamW(param_groups(model, own(OptimConfig, checkpoint["config"])), 1.0, compile=False)
-    optimizer, index, sums = AdamW(param_groups(model, config), 1.0, config, compile=False), 0, [0.0, 0.0]
-    if min(config.m1bits, config.m2bits) == 32 or len(saved) != sum(len(g["params"]) for g in trained.param_groups):
+    if min(config.m1bits, config.m2bits) == 32 or not saved:
         return None
+    optimizer = AdamW(param_groups(model, config), 1.0, config, compile=False)
+    index, error, size = 0, 0.0, 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:
             state, (m1, m2, n, width) = saved[index], layout(p, group)
@@ -106,34 +119,35 @@ def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | No
                 continue
             rows = [F.pad(state[k].flatten(), (0, n * width - p.numel())).view(n, width)
                     for k in ("exp_avg", "exp_avg_sq")]
-            back, noise = [], torch.rand(n, 1, generator=torch.Generator().manual_seed(index)).clamp(1e-4, 1 - 1e-4)
+            back, rng = [], torch.Generator().manual_seed(index)
+            noise = torch.rand(n, 1, generator=rng).clamp(1e-4, 1 - 1e-4)
             for x, moment in zip(rows, (m1, m2), strict=True):
-                codes = torch.zeros(n, width * moment.bits // 8, dtype=torch.uint8) if moment.bits < 32 else x.clone()
+                codes = torch.zeros(n, width * moment.bits // 8, dtype=torch.uint8)
+                codes = codes if moment.bits < 32 else x.clone()
                 scale = torch.zeros(1 if moment.gran == "per_tensor" else n, 1)
                 pack(x, codes, scale, moment, noise)
                 back.append(unpack(codes, scale, moment))
-            u, exact = ((m / (v.clamp_min(0).sqrt() + 1e-8)).flatten()[:p.numel()] for m, v in (back, rows))
-            sums[0] += (u - exact).double().square().sum().item()
-            sums[1] += exact.double().square().sum().item()
-    return (sums[0] / sums[1]) ** 0.5 if sums[1] else None
+            u, exact = ((m / (v.sqrt() + 1e-8)).flatten()[:p.numel()] for m, v in (back, rows))
+            error += (u - exact).double().square().sum().item()
+            size += exact.double().square().sum().item()
+    return (error / size) ** 0.5 if size else None
 
 
 def probe_rows(probe: Probe, recipes: dict[str, dict]) -> list[dict]:
     """Return a row for each recipe {name: flags} in all, and one for each of its linear layers."""
     base = probe.model({})
     losses, exact = zip(*probe.passes(base), strict=True)
-    linears = [f"{n}.weight" for n, m in base.h.named_modules(prefix="h") if isinstance(m, QuantLinear)]
+    linears = [f"{n}.weight" for n, m in base.h.named_modules(prefix="h")
+               if isinstance(m, QuantLinear)]
     rows = []
     for name, flags in recipes.items():
-        if flags.get("stable_embedding") or flags.get("untied_head"):  # another function than the checkpoint's
-            flags = {k: v for k, v in flags.items() if k not in ("stable_embedding", "untied_head")}
         mine, found = zip(*probe.passes(probe.model(flags)), strict=True)
         changes = [a - b for a, b in zip(mine, losses, strict=True)]
         for layer, names in (("all", list(exact[0])), *((n, [n]) for n in linears)):
             compared = compare_gradients(exact, found, names)
-            loss, std = statistics.mean(changes), statistics.stdev(changes) if len(changes) > 1 else 0.0
             update = stored_update_error(probe.checkpoint, base, flags) if layer == "all" else None
-            rows.append({"recipe": name, "layer": layer, "loss": loss, "loss_std": std, **compared, "update": update})
+            rows.append({"recipe": name, "layer": layer, "loss": statistics.mean(changes),
+                         "loss_std": spread(changes), **compared, "update": update})
     return rows
 
 
@@ -166,8 +180,8 @@ def sharpness_rows(probe: Probe, recipes: dict[str, dict], rho: float) -> list[d
             with moved(model, g, rho / norms[-1]):
                 found.append(mean_loss(model, batch[None]) - loss)
         S, slope = statistics.mean(found), rho * statistics.mean(norms)
-        rows.append({"recipe": name, "S": S, "S_std": statistics.stdev(found) if len(found) > 1 else 0.0,
-                     "rho |g|": slope, "S / (rho |g|)": S / slope})
+        rows.append({"recipe": name, "S": S, "S_std": spread(found), "rho |g|": slope,
+                     "S / (rho |g|)": S / slope})
     return rows
 
 
@@ -177,8 +191,8 @@ def outlier_rows(model: GPT, batches: Tensor) -> list[dict]:
 
     def hook(name: str, layer: torch.nn.Module, args: tuple) -> None:
         seen[name] = seen.get(name, 0) + args[0].abs().mean(0).double() / len(batches)  # (T, C)
-    handles = [m.register_forward_pre_hook(partial(hook, n)) for n, m in model.h.named_modules(prefix="h")
-               if isinstance(m, QuantLinear)]
+    handles = [m.register_forward_pre_hook(partial(hook, n))
+               for n, m in model.h.named_modules(prefix="h") if isinstance(m, QuantLinear)]
     mean_loss(model, batches)
     for handle in handles:
         handle.remove()
@@ -201,11 +215,13 @@ def gradient_rows(probe: Probe) -> list[dict]:
         three = 3 if name.endswith("c_attn.weight") else 1  # q, k and v apart
         for part, letter in enumerate("qkv"[:three]):
             g = [x[name].chunk(three)[part].abs() for x in found]  # of each batch
-            zero8, zero4 = ([(x < x.max() / top / 2).float().mean().item() for x in g] for top in (127, 7))
+            zero8, zero4 = ([(x < x.max() / top / 2).float().mean().item() for x in g]
+                            for top in (127, 7))
             crest = [(x.max() / x.square().mean().sqrt()).item() for x in g]
             rows.append({"gradient of": name.removesuffix(".weight") + f".{letter}" * (three > 1),
-                         "zero in 8 bits": statistics.mean(zero8), "zero in 4 bits": statistics.mean(zero4),
-                         "max / rms": statistics.mean(crest), "norm": statistics.mean(x.norm().item() for x in g)})
+                         "zero in 8 bits": statistics.mean(zero8),
+                         "zero in 4 bits": statistics.mean(zero4), "max / rms": statistics.mean(crest),
+                         "norm": statistics.mean(x.norm().item() for x in g)})
     return rows
 
 

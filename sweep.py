@@ -126,8 +126,8 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos:.4f} between seeds
-(sweep.py says how). Memory: one step, uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Each run
-had one thread, OMP_NUM_THREADS=1, beside other work: tokens_per_s are lower bounds.
+(sweep.py says how). Memory: one step, uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py).
+Each run had one thread, OMP_NUM_THREADS=1, beside other work: tokens_per_s are lower bounds.
 """
 # what the panels of curves.png show beside E0
 PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",

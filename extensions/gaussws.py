@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import GPT, Linear
-from quant import QuantLinear, tiles
+from quant import SCALE_FLOOR, QuantLinear, tiles
 from support.config import refuse_idle
 
 # P(R >= k) = P(N(0, 1) > 2k - 1) for k = 1, 2, 3; a 4 comes once in 10^12 draws
@@ -42,7 +42,7 @@ class Config:
     gaussws: bool = False  # add noise of a rounding error's size to the block linears' weights
     b_init: float = 6.0  # bits at the start: noise of max|w| 2^(1 - bits)
     b_target: float = 4.0  # bits that b_decay pulls to
-    b_decay: float = 0.0  # weight of the mean distance to b_target in the loss; 0: bits stay at b_init
+    b_decay: float = 0.0  # weight of the distance to b_target in the loss; 0: bits stay at b_init
     b_lr: float = 1.0  # learning rate of the bits, times that of the weights
     b_block: int = 32  # rows and columns of a block that shares its bits
     b_noise: Literal["gauss", "uniform"] = "gauss"  # round(N(0, 1) / 2), or U(-1/2, 1/2) as a control
@@ -58,11 +58,13 @@ class Config:
         if not 1 <= self.b_target <= self.b_init and self.b_decay:
             raise ValueError(f"--b_target={self.b_target} must lie in 1 to --b_init={self.b_init}")
         if self.b_block < 1 or self.b_decay < 0 or not math.isfinite(self.b_decay):
-            raise ValueError(f"--b_block={self.b_block} must be at least 1, --b_decay={self.b_decay} at least 0")
+            raise ValueError(f"--b_block={self.b_block} must be at least 1, "
+                             f"--b_decay={self.b_decay} at least 0")
 
 
 PRESETS = {"gaussws": dict(gaussws=True, b_decay=0.01), "gaussws-6": dict(gaussws=True),
-           "gaussws-4": dict(gaussws=True, b_init=4.0), "gaussws-uniform": dict(gaussws=True, b_noise="uniform")}
+           "gaussws-4": dict(gaussws=True, b_init=4.0),
+           "gaussws-uniform": dict(gaussws=True, b_noise="uniform")}
 
 
 def rounded_normal(u: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ class _Sample(torch.autograd.Function):
             return g.float(), None, None, None, None
         square = (ctx.block, ctx.block)
         step = block_step(w, b, ctx.block)
-        R = (tiles(w_hat.float(), square) - tiles(w, square)) / step.clamp_min(torch.finfo(torch.float32).tiny)
+        R = (tiles(w_hat.float(), square) - tiles(w, square)) / step.clamp_min(SCALE_FLOOR)
         R = torch.round(R) if ctx.noise == "gauss" else R  # a block of zeros: 0
         db = -math.log(2) * (tiles(g.float(), square) * R * step).sum((1, 3), keepdim=True)
         return g.float(), db, None, None, None
@@ -128,7 +130,8 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     if not config.gaussws:
         return linear
     if flat.get("wbits", 32) < 32:
-        raise ValueError(f"--gaussws with --wbits={flat['wbits']}: noise stands for rounding; drop one")
+        raise ValueError(f"--gaussws with --wbits={flat['wbits']}: noise stands for rounding; "
+                         "drop one")
     dtype = getattr(torch, flat.get("dtype") or "float32")
 
     def sampled(name: str, in_features: int, out_features: int, bias: bool) -> QuantLinear:
@@ -139,8 +142,9 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
             raise ValueError("--gaussws with another extension that changes the weights; drop one")
         for size in (in_features, out_features):
             if size % config.b_block:
-                raise ValueError(f"--b_block={config.b_block} must divide the {out_features} x {in_features} weight of "
-                                 f"{name}; try {math.gcd(in_features, out_features)}")
+                raise ValueError(f"--b_block={config.b_block} must divide the {out_features} x "
+                                 f"{in_features} weight of {name}; "
+                                 f"try {math.gcd(in_features, out_features)}")
         layer.reparam = Sampled(layer.weight, config, dtype)
         return layer
     return sampled

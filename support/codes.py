@@ -37,16 +37,21 @@ def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:
             if not hasattr(quantizer, "quantize"):
                 continue
             q = quantizer.quantize(layer.used_weight())
-            if not isinstance(q, Quantized) or q.codes.dtype != torch.int8 or getattr(quantizer, "bits", 8) != 8:
-                raise ValueError(f"--export={path}: {name} has no 8-bit integer codes; it is for --wbits=8")
-            tensors |= {f"{name}.weight.codes": q.codes.contiguous(), f"{name}.weight.scale": q.scale.contiguous()}
+            integers = isinstance(q, Quantized) and q.codes.dtype == torch.int8
+            if not integers or getattr(quantizer, "bits", 8) != 8:
+                raise ValueError(f"--export={path}: {name} has no 8-bit integer codes; "
+                                 "it is for --wbits=8")
+            tensors |= {f"{name}.weight.codes": q.codes.contiguous(),
+                        f"{name}.weight.scale": q.scale.contiguous()}
             flat += q.codes.numel()
     if not tensors:
-        raise ValueError(f"--export={path}: no layer has 8-bit weights; train with --wbits=8, or name a folder")
+        raise ValueError(f"--export={path}: no layer has 8-bit weights; train with --wbits=8, "
+                         "or name a folder")
     kept = {k: v.contiguous() for k, v in model.state_dict().items() if ".reparam." not in k
             and (k != "lm_head.weight" or model.config.untied_head) and f"{k}.codes" not in tensors}
     facts = {key: checkpoint[key] for key in ("config", "vocab_size", "step", "extensions")}
-    load_safetensors().torch.save_file(tensors | kept, path, metadata={"nanoqpt": json.dumps(facts)})
+    metadata = {"nanoqpt": json.dumps(facts)}
+    load_safetensors().torch.save_file(tensors | kept, path, metadata=metadata)
     whole = 4 * sum(p.numel() for p in model.parameters())
     return (f"wrote {path}: {path.stat().st_size:,} bytes, {flat:,} weights of them in one byte each; "
             f"in fp32 the model has {whole:,}")
@@ -55,7 +60,8 @@ def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:
 def load_codes(path: Path) -> dict:
     """Read such a file as a checkpoint, its codes under "codes". Raises: ValueError if it is something else."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; python eval.py --ckpt=out --export={path} makes it")
+        raise FileNotFoundError(f"there is no {path}; "
+                                f"python eval.py --ckpt=out --export={path} makes it")
     safetensors = load_safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -63,9 +69,10 @@ def load_codes(path: Path) -> dict:
         tensors = safetensors.torch.load_file(path)
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["config"].items()}
         names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
-        codes = {name.removesuffix(".weight"): (tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale"))
-                 for name in names}
-        weights = {f"{name}.weight": restore(Quantized(*q, None)) for name, q in codes.items() if name != "lm_head"}
+        codes = {name.removesuffix(".weight"):
+                 (tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")) for name in names}
+        weights = {f"{name}.weight": restore(Quantized(*q, None)) for name, q in codes.items()
+                   if name != "lm_head" or config.get("untied_head")}
     except Exception as error:  # of a file that is cut or of another kind, anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path} is damaged, or not written by eval.py --export ({reason})") from None

@@ -14,8 +14,8 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuff
 # A file imports from lower levels only, so each can be read knowing only those below it.
 LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"support.checks"},
           {"quant", "prepare_data"}, {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"},
-          {"support.huggingface"}, {"support.presets", "support.codes", "extensions"}, {"eval"}, {"train"}, {"bench", "probe"},
-          {"analyze"}, {"sweep"}]
+          {"support.huggingface"}, {"support.presets", "support.codes", "extensions"}, {"eval"}, {"train"},
+          {"bench", "probe"}, {"analyze"}, {"sweep"}]
 
 
 def imports(path):
