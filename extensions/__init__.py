@@ -20,13 +20,13 @@ from dataclasses import field, make_dataclass
 
 from torch import Tensor
 
-from extensions import gaussws, lsq, tasks
+from extensions import gaussws, lsq, nvfp4, tasks
 from model import GPT, Linear, quant_linears
 from quant import QuantConfig
 from support.config import own
 
 # name: module, in the order in which they wrap the linear layers
-EXTENSIONS = {"lsq": lsq, "gaussws": gaussws, "tasks": tasks}
+EXTENSIONS = {"nvfp4": nvfp4, "lsq": lsq, "gaussws": gaussws, "tasks": tasks}
 
 # one config with a nested one per extension, whose flags join the command line: of train.py, and of eval.py
 Config, EvalConfig = (make_dataclass(kind, [(f"of_{name}", config, field(default_factory=config))
