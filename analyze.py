@@ -38,17 +38,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import extensions
-from bench import MIB, BenchConfig, Variant, kept_for_backward, show
+from bench import EXPERIMENTS, MIB, BenchConfig, Variant, kept_for_backward, show
 from model import GPT
 from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale, param_groups
 from probe import Probe, gradient_rows, mean_loss, moved, outlier_rows, probe_rows, sharpness_rows
 from support.config import build, flatten, one_line_errors, parse, refuse_idle
 from support.device import Processes, resolve
 from support.log import read_log
-from support.presets import PRESETS, SIZES
+from support.presets import SIZES
 from train import Batches, TrainConfig, get_data, learning_rate
 
-RECIPES = {k: v for k, v in (PRESETS | extensions.PRESETS).items() if k not in SIZES}
 
 FORMATS = {  # name: what the flags --m1bits, --m1fmt, ... would say
     "linear8 m, per_channel (S2)": dict(m1bits=8, m1fmt="linear", m1gran="per_channel"),
@@ -106,10 +105,10 @@ class AnalyzeConfig:
         refuse_idle(self, out=(self.what != "update_error", "with --what=update_error"))
         if self.what in ("codebooks", "landscape") and not self.out:
             raise ValueError(f"--what={self.what} draws a picture; name its file: --out={self.what}.png")
-        unknown = {p for name in self.recipes.split(",") for p in name.split("+")} - {"", *RECIPES}
+        unknown = {p for name in self.recipes.split(",") for p in name.split("+")} - {"", *EXPERIMENTS}
         if unknown:
             raise ValueError(f"--recipes={self.recipes}: no preset {unknown.pop()!r}; "
-                             f"use some of {', '.join(RECIPES)}")
+                             f"use some of {', '.join(EXPERIMENTS)}")
 
     def probe(self, ckpt: str) -> Probe:
         """Return a checkpoint with the batches asked for."""
@@ -117,13 +116,13 @@ class AnalyzeConfig:
 
     def flags(self) -> dict[str, dict]:
         """Return {name: flat flags} of the recipes asked for, the unquantized one first."""
-        names = ["E0", *filter(None, self.recipes.split(",") if self.recipes else RECIPES)]
+        names = ["E0", *filter(None, self.recipes.split(",") if self.recipes else EXPERIMENTS)]
         return {name: recipe(name) for name in names}
 
 
 def recipe(name: str) -> dict:
     """Return the flat flags of presets joined by +."""
-    return {flag: value for preset in name.split("+") for flag, value in RECIPES[preset].items()}
+    return {flag: value for preset in name.split("+") for flag, value in EXPERIMENTS[preset].items()}
 
 
 def new_figure(rows: int = 1, columns: int = 2, size: tuple[float, float] = (11, 4.5), **options):

@@ -143,7 +143,7 @@ def machine(device: str) -> str:
 # a training step
 
 class Variant:
-    """One side of the comparison: a model, its loss and its optimizer."""
+    """One side of the comparison: a model, its loss and its optimizer; flags: in place of the presets in its name."""
 
     def __init__(self, name: str, config: BenchConfig, device: str, flags: dict | None = None):
         flags = flags or {k: v for p in name.split("+") for k, v in EXPERIMENTS.get(p, {}).items()}

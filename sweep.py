@@ -129,6 +129,7 @@ Differences: within seeds, mean +- half of the 95 % interval, from a standard de
 (sweep.py says how). Memory: one step, uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py).
 Each run had one thread, OMP_NUM_THREADS=1, beside other work: tokens_per_s are lower bounds.
 """
+ROWS |= {name: Row(f"--preset={name}") for name in extensions.PRESETS}  # further papers, one row a preset
 # what the panels of curves.png show beside E0
 PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",
           "moments": "S1 S2 S3 S4 S6", "combined": "C1 C2 W4A8 W4A4"}
@@ -143,7 +144,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "laptop": Scale("--preset=laptop --compile=False --sample_tokens=0", (1, 2, 3),
-                    "220,000 parameters, 4.6M tokens, 4 minutes of one core"),
+                    "220,000 parameters, 4.6M tokens, 4 to 6 minutes of one core"),
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),
