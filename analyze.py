@@ -48,7 +48,6 @@ from support.log import read_log
 from support.presets import SIZES
 from train import Batches, TrainConfig, get_data, learning_rate
 
-
 FORMATS = {  # name: what the flags --m1bits, --m1fmt, ... would say
     "linear8 m, per_channel (S2)": dict(m1bits=8, m1fmt="linear", m1gran="per_channel"),
     "linear4 m, per_channel (S4)": dict(m1bits=4, m1fmt="linear", m1gran="per_channel"),
