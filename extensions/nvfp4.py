@@ -106,12 +106,12 @@ def unpack(codes: Tensor) -> Tensor:
 
 
 def scales(t: Tensor, room: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (scale, inv_scale, outer) of tiles t (R/rows, rows, C/16, 16) fp32: two (R/rows, 1, C/16, 1) and one ().
+    """Return (scale, inv_scale, outer) of the blocks of a matrix, t (n, rows * 16) fp32: (n, 1), (n, 1) and ().
 
-    The largest number becomes 6 * 448. inv_scale is that of the ROUNDED scale: where that fell, numbers clip, but not at
-    a room of 17/16. Source: eq. B.1 to B.3. Ours: room; outer, and with it the whole matrix, shows what is not finite.
+    The largest number becomes 6 * 448. inv_scale is that of the ROUNDED scale: where it fell, numbers clip, unless room
+    is 17/16. Source: eq. B.1 to B.3. Ours: room; outer, and with it the whole matrix, shows what is not finite.
     """
-    amax = t.abs().amax((1, 3), keepdim=True)  # (R/rows, 1, C/16, 1)
+    amax = t.abs().amax(1, keepdim=True)  # (n, 1)
     most = amax.amax()  # ()
     # not 2688 / most: torch makes that a reciprocal, then a product, off by one bit
     enc = (torch.full_like(most, 6 * 448) / most).clamp_max(FLT_MAX)
@@ -143,27 +143,33 @@ def rotate(x: Tensor, d: int) -> Tensor:
     return (x.float().unflatten(1, (-1, d)) @ h).flatten(1)
 
 
-def _fp4(x: Tensor, rht: int, rows: int, stochastic: bool, room: float,
-         packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # x (R, C) -> packed codes, or q * scale in bf16 (R, C); scale e4m3 (R/rows, C/16); outer fp32 ()
-    x = rotate(x, rht) if rht else x.contiguous()
-    t = tiles(x.float(), (rows, BLOCK))  # (R/rows, rows, C/16, 16)
-    scale, inv_scale, outer = scales(t, room)
+def _round(t: Tensor, stochastic: bool, room: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # blocks (n, rows * 16) -> packed codes, or q * scale in bf16; scale e4m3 (n, 1); outer fp32 ()
+    scale, inv_scale, outer = scales(t := t.float(), room)
     q, code = e2m1(t * inv_scale, torch.rand_like(t) if stochastic else None)
-    codes = pack(code.view(x.shape)) if packed else (q * scale.float()).to(torch.bfloat16).view(x.shape)
-    return codes, scale[:, 0, :, 0].contiguous(), outer
+    return pack(code) if packed else (q * scale.float()).to(torch.bfloat16), scale, outer
 
 
 @cache
-def _compiled(*how) -> Callable:  # one for each way of rounding, whatever the shape
-    return torch.compile(lambda x: _fp4(x, 0, *how), dynamic=True, isolate_recompiles=True)
+def _compiled(*how) -> Callable:  # _round for itself, for any shape
+    return torch.compile(lambda t: _round(t, *how), dynamic=True, isolate_recompiles=True)
 
 
-# To a compiled model the rounding is one operator, compiled for itself: inlined, it would be so six times a layer.
+def _fp4(x: Tensor, rht: int, rows: int, stochastic: bool, room: float, packed: bool,
+         compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    # x (R, C) -> codes (R, C/2), or q * scale (R, C); scale (R/rows, C/16); outer ()
+    t = tiles(rotate(x, rht) if rht else x, (rows, BLOCK)).transpose(1, 2)  # (R/rows, C/16, rows, 16)
+    how, grid = (stochastic, room, packed), t.shape[:2]
+    t = t.flatten(2).flatten(0, 1)  # (n, rows * 16)
+    codes, scale, outer = _compiled(*how)(t) if compiled else _round(t, *how)
+    return codes.view(*grid, rows, -1).transpose(1, 2).flatten(2).flatten(0, 1), scale.view(grid), outer
+
+
+# To a compiled model all that is one operator: inlined, it would be compiled six times a layer.
 @torch.library.custom_op("nanoqpt::nvfp4", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def _fp4_op(x: Tensor, rht: int, rows: int, stochastic: bool, room: float,
             packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _compiled(rows, stochastic, room, packed)(rotate(x, rht) if rht else x.contiguous())
+    return _fp4(x, rht, rows, stochastic, room, packed, compiled=True)
 
 
 _fp4_op.register_fake(_fp4)  # shapes and dtypes
@@ -201,10 +207,9 @@ def fp4_units(device: torch.device) -> bool:
 
 
 def swizzle(scale: Tensor, rows: int) -> Tensor:
-    """Order the scales (R/n, C/16) of a matrix of `rows` rows as cuBLAS wants them: flat, in tiles of 512 bytes.
+    """Order the scales (R/n, C/16) of a matrix of R rows as cuBLAS wants them, flat: one a row, in zero-padded tiles.
 
-    One scale a row (those of 16 x 16 repeat), padded with zeros to 128 rows and 4 columns. Within a tile of that size,
-    row r and column c lie at (r % 32) * 16 + (r // 32) * 4 + c; tiles follow row by row.
+    In a tile of 128 x 4, row r and column c lie at (r % 32) * 16 + (r // 32) * 4 + c; tiles follow row by row.
     """
     s = scale.view(torch.uint8).repeat_interleave(rows // len(scale), 0)  # (R, C/16)
     s = F.pad(s, (0, -s.shape[1] % 4, 0, -s.shape[0] % 128))
