@@ -89,7 +89,7 @@ class AnalyzeConfig:
     recipes: str = ""  # presets joined by +, separated by commas; empty: all
     batches: int = 6  # how many batches of the validation split are looked at
     batch_size: int = 16  # sequences in one
-    rho: float = 0.05  # length of the step of sharpness; half the width of landscape, in weights
+    rho: float = 0.05  # length of the step of sharpness; landscape goes ten each way, in lengths of the weights
     steps: int = 200  # update_error: optimizer steps of the fp32 run; the second half is counted
     beta2: float = 0.95  # update_error: of the second moment
     data_dir: str | None = None  # where the token shards are; auto: where the run found them, or data
@@ -224,7 +224,9 @@ def probe(config: AnalyzeConfig) -> None:
 def sharpness(config: AnalyzeConfig) -> None:
     """Print m-sharpness under each recipe."""
     one, figure = config.probe(config.ckpt), config.out and new_figure(1, 1, size=(9, 7))
-    flags = {k: v for k, v in config.flags().items() if {"wbits", "abits"} & v.keys() or not v}
+    flags = config.flags()
+    if not config.recipes:  # of all, those that change the forward pass
+        flags = {k: v for k, v in flags.items() if {"wbits", "abits"} & v.keys()}
     rows = sharpness_rows(one, flags, config.rho)
     show(f"{config.ckpt}, rho {config.rho}, {len(one.batches)} batches of {config.batch_size} windows", rows, False)
     if figure:
@@ -253,7 +255,7 @@ def landscape(config: AnalyzeConfig) -> None:
         return found
     a, b = direction(), direction()
     figure, panels = new_figure(1, 3, size=(16, 4.8))
-    line = [config.rho * 10 * x / 10 for x in range(-10, 11)]
+    line = [config.rho * x for x in range(-10, 11)]
     for name, model in models.items():
         for x in line:
             with moved(model, a, x):
@@ -301,7 +303,9 @@ def gradients(config: AnalyzeConfig) -> None:
     show(f"{config.ckpt} at step {one.checkpoint['step']}", rows, False)
     if figure:
         norms, zeros = figure[1][0]
-        log = [x for x in read_log(Path(config.ckpt, "log.jsonl")) if "grad_norm" in x]
+        folder = Path(config.ckpt)
+        folder = folder if folder.is_dir() else folder.parent
+        log = [x for x in read_log(folder / "log.jsonl") if "grad_norm" in x]
         norms.semilogy([x["tokens"] for x in log], [x["grad_norm"] for x in log])
         norms.set(xlabel="tokens", ylabel="gradient norm before clipping")
         for key in ("zero in 8 bits", "zero in 4 bits"):

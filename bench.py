@@ -147,7 +147,7 @@ class Variant:
 
     def __init__(self, name: str, config: BenchConfig, device: str, flags: dict | None = None):
         flags = flags or {k: v for p in name.split("+") for k, v in EXPERIMENTS.get(p, {}).items()}
-        train = build(TrainConfig, {**flatten(config.model), **flags})
+        train = build(TrainConfig, {**flatten(config.model), **flags, "dtype": config.dtype})
         linear, dtype = extensions.linears(flatten(train)), getattr(torch, config.dtype)
         if name == "plain":
             linear, dtype = (lambda name, *sizes: nn.Linear(*sizes)), torch.float32

@@ -35,7 +35,7 @@ from prepare_data import DataConfig, get_tokenizer, open_dataset
 from quant import QuantConfig, QuantLinear
 from support.checkpoint import load_checkpoint, model_from
 from support.codes import export_codes, load_codes, with_codes
-from support.config import differences, one_line_errors, own, parse, refuse_idle
+from support.config import differences, flatten, one_line_errors, own, parse, refuse_idle
 from support.device import choose_device
 from support.huggingface import export_hf, load_hf
 from support.presets import PRESETS, SIZES
@@ -102,7 +102,12 @@ def recipe_flags(text: str) -> dict:
     ours = {f.name for f in fields(QuantConfig)}
     config = parse(QuantConfig, [f"--{part}" for part in parts if "=" in part],
                    base=lambda given: {k: v for k, v in flags.items() if k in ours})
-    return flags | differences(config)
+    flags |= flatten(config)
+    forward = min(config.wbits, config.abits) < 32 or extensions.active(flags)
+    if not forward and parts not in ([], ["E0"]):
+        raise ValueError(f"--recipe={text} changes nothing in a trained model: it quantizes no weight "
+                         "or activation; use E0 for none")
+    return flags
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def main() -> None:
             linear = extensions.linears(used)
             if trained and not config.ptq and "codes" in checkpoint:
                 linear = with_codes(linear, checkpoint["codes"])
-            model = model_from(checkpoint, linear, getattr(torch, dtype))
+            model = model_from(checkpoint, linear, getattr(torch, dtype), own_recipe=not config.recipe)
             extensions.at_step(used, model, checkpoint["step"])
             return model
         model = build(used)

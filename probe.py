@@ -4,10 +4,12 @@ The recipes are put on the same weights, and the same batches of the validation 
 gradient g of all weights, beside the unquantized one, over the batches:
 
     error  |gq - g| / |g|       cosine  <gq, g> / |gq| |g|       slope  <gq, g> / <g, g>      means over batches
-    bias   |mean(gq - g)| / |mean(g)|                            what training does not average away
+    bias   as error, but of the mean of DRAWS gradients gq of the same batch: the error itself where nothing is drawn
+           at random; where rounding is stochastic and unbiased, its noise leaves error / sqrt(DRAWS)
 
-Judge W and A by the change of the loss (their gradients belong to another loss than the unquantized one), G by the
-bias, moments by the error of the update, and do not rank across kinds.
+As in training, the windows of a batch share what scales share over tokens. Judge W and A by the change of the loss
+(their gradients belong to another loss than the unquantized one), G by the bias, moments by the error of the update,
+and do not rank across kinds.
 """
 
 import statistics
@@ -28,6 +30,8 @@ from prepare_data import DataConfig, open_dataset
 from quant import QuantLinear
 from support.checkpoint import load_checkpoint, load_weights
 from support.config import own
+
+DRAWS = 8  # gradients of the same batch, where they differ
 
 
 class Probe:
@@ -53,16 +57,17 @@ class Probe:
     def model(self, flags: dict | None) -> GPT:
         """Return the model in fp32 under the flat flags of a recipe; None: as it was trained."""
         flat = self.flat if flags is None else {"n_layer": self.flat["n_layer"], **flags}
-        shape = {**self.flat, "keep8": flat.get("keep8", "none")}
+        shape = {**self.flat, "keep8": flat.get("keep8", "none"), "dropout": 0.0}
         model = GPT(own(GPTConfig, shape), self.checkpoint["vocab_size"], extensions.linears(flat))
-        load_weights(model, self.checkpoint["model"], "checkpoint")
+        # under a recipe of its own a reparam is rebuilt, under another one it starts anew
+        load_weights(model, self.checkpoint["model"], "checkpoint" if flags is None else "the checkpoint")
         extensions.at_step(flat, model, self.checkpoint["step"])
-        return model.eval()
+        return model.train()  # what samples its weights does so
 
-    def passes(self, model: GPT) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Yield loss and gradients {name: fp32} for each batch."""
+    def passes(self, model: GPT, draw: int = 0) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        """Yield loss and gradients {name: fp32} for each batch; another draw is another seed of what is random."""
         for i, batch in enumerate(self.batches):
-            torch.manual_seed(i)  # of stochastic rounding
+            torch.manual_seed(1000 * draw + i)
             model.zero_grad()
             loss = model(batch[:, :-1], batch[:, 1:])
             loss.backward()
@@ -87,18 +92,15 @@ def spread(values: list[float]) -> float:
 
 def compare_gradients(exact: list[dict[str, Tensor]], found: list[dict[str, Tensor]],
                       names: list[str]) -> dict:
-    """Return error, cosine, slope (means over batches; error_std over batches) and bias of the gradients `names`."""
-    errors, cosines, slopes, drift = [], [], [], {n: 0.0 for n in names}
+    """Return error (and its spread), cosine and slope of the gradients `names`, means over batches."""
+    errors, cosines, slopes = [], [], []
     for g, q in zip(exact, found, strict=True):
         gg, gq, qq = dot(g, g, names), dot(g, q, names), dot(q, q, names)
         errors.append(max(0.0, qq - 2 * gq + gg) ** 0.5 / gg**0.5 if gg else float("nan"))
         cosines.append(gq / (gg * qq) ** 0.5 if gg * qq else float("nan"))
         slopes.append(gq / gg if gg else float("nan"))
-        drift = {n: d + (q[n] - g[n]) / len(exact) for n, d in drift.items()}
-    mean = {n: sum(g[n] for g in exact) / len(exact) for n in names}
     return {"error": statistics.mean(errors), "error_std": spread(errors),
-            "cosine": statistics.mean(cosines), "slope": statistics.mean(slopes),
-            "bias": flat_norm(drift) / (flat_norm(mean) or float("nan"))}
+            "cosine": statistics.mean(cosines), "slope": statistics.mean(slopes)}
 
 
 def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | None:
@@ -115,7 +117,9 @@ def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | No
         for p in group["params"]:
             state, (m1, m2, n, width) = saved[index], layout(p, group)
             index += 1
-            if "scales" in state or p.dim() < 2:
+            if "scales" in state:
+                return None
+            if p.dim() < 2:
                 continue
             rows = [F.pad(state[k].flatten(), (0, n * width - p.numel())).view(n, width)
                     for k in ("exp_avg", "exp_avg_sq")]
@@ -133,6 +137,17 @@ def stored_update_error(checkpoint: dict, model: GPT, flags: dict) -> float | No
     return (error / size) ** 0.5 if size else None
 
 
+def draws(probe: Probe, model: GPT, found: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
+    """Return each batch's mean gradient over DRAWS draws, of which the first was `found`."""
+    mean = [dict(g) for g in found]
+    for draw in range(1, DRAWS):
+        for i, (_, g) in enumerate(probe.passes(model, draw)):
+            if draw == 1 and i == 0 and all(torch.equal(g[n], found[0][n]) for n in g):
+                return mean  # nothing is random
+            mean[i] = {n: mean[i][n] + (g[n] - mean[i][n]) / (draw + 1) for n in g}
+    return mean
+
+
 def probe_rows(probe: Probe, recipes: dict[str, dict]) -> list[dict]:
     """Return a row for each recipe {name: flags} in all, and one for each of its linear layers."""
     base = probe.model({})
@@ -141,10 +156,13 @@ def probe_rows(probe: Probe, recipes: dict[str, dict]) -> list[dict]:
                if isinstance(m, QuantLinear)]
     rows = []
     for name, flags in recipes.items():
-        mine, found = zip(*probe.passes(probe.model(flags)), strict=True)
+        model = probe.model(flags)
+        mine, found = zip(*probe.passes(model), strict=True)
+        mean = draws(probe, model, found)
         changes = [a - b for a, b in zip(mine, losses, strict=True)]
         for layer, names in (("all", list(exact[0])), *((n, [n]) for n in linears)):
             compared = compare_gradients(exact, found, names)
+            compared["bias"] = compare_gradients(exact, mean, names)["error"]
             update = stored_update_error(probe.checkpoint, base, flags) if layer == "all" else None
             rows.append({"recipe": name, "layer": layer, "loss": statistics.mean(changes),
                          "loss_std": spread(changes), **compared, "update": update})

@@ -1,19 +1,19 @@
 """Rerun the study of arXiv 2407.11722: every row of its matrix, its controls, several seeds, and a verdict per claim.
 
-    python sweep.py                                   # about six hours of two cores; cut off, it goes on where it was
+    python sweep.py                                   # some 14 hours of two cores; cut off, it goes on where it was
     python sweep.py --rows=E0,C1,W4 --seeds=1         # a part of it
     python sweep.py --report                          # tables and figures of the runs there are
     python sweep.py --scale=paper --show              # only print the commands
 
 A row is a few flags of train.py. Each of its runs is an ordinary one: `--show` prints its command. What a finished run
 has measured becomes one line of runs.jsonl in the sweep's folder; a run that stands there is never repeated, and one
-that was killed goes on from its checkpoint. All seeds of a row are compared with E0's of the same seed: same
-initialisation, same data in the same order, so most of the noise between seeds drops out of the difference.
+that was killed goes on from its checkpoint. All seeds of a row are compared with E0's of the same seed.
 
-Training is chaotic: a recipe that changes no more than a rounding still ends some thousandths of a nat away. How much
-is taken from all rows that end within NEAR of E0, together: the standard deviation of their paired differences within a
-row. The interval beside a mean difference is 1.96 of these (or of the row's own, if larger) / sqrt(seeds). It is a tie
-if the interval holds zero: the recipe may cost up to the interval's end, and more seeds would tell.
+Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed. How
+much is taken from all rows that end within NEAR of E0 together: the standard deviation of their differences within a
+row. The interval beside a mean difference is Student's at 95 %, from that deviation, or from the row's own if it is far
+away. tie: the whole interval lies within TIE; worse, better: it excludes zero; else the runs do not decide.
+(All rows share E0's runs, and so their luck.)
 """
 
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
@@ -21,6 +21,7 @@ if __name__ == "__main__":  # first: a bad command line is refused before torch 
 
 import csv
 import json
+import math
 import os
 import signal
 import statistics
@@ -37,15 +38,19 @@ import extensions
 from analyze import new_figure, write_csv
 from bench import BenchConfig, Variant
 from probe import Probe, probe_rows
-from support.config import flatten, one_line_errors, parse
+from support.config import flatten, one_line_errors, parse, refuse_idle
 from support.device import choose_device
 from support.lock import lock
 from support.log import read_log
-from support.presets import PRESETS
+from support.presets import PRESETS, SIZES
 from train import TrainConfig
 
 ROOT = Path(__file__).parent
 NEAR = 0.1  # nats from E0: rows whose spread tells how chaotic training is at this scale
+TIE = 0.02  # nats: less than this between two recipes is called no difference
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131,
+       20: 2.086, 40: 2.021}
 
 
 class Row(NamedTuple):
@@ -125,9 +130,10 @@ ROWS = {
 HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
-Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos:.4f} between seeds
-(sweep.py says how). Memory: one step, uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py).
-Each run had one thread, OMP_NUM_THREADS=1, beside other work: tokens_per_s are lower bounds.
+Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
+with {chaos[1]} degrees of freedom (sweep.py says how); below {tie} nats is no difference. Memory: one step, uncompiled,
+MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in runs.jsonl; runs
+share the machine with others, so tokens_per_s are lower bounds.
 """
 ROWS |= {name: Row(f"--preset={name}") for name in extensions.PRESETS}  # further papers, one row a preset
 # what the panels of curves.png show beside E0
@@ -144,7 +150,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "laptop": Scale("--preset=laptop --compile=False --sample_tokens=0", (1, 2, 3),
-                    "220,000 parameters, 4.6M tokens, 4 to 6 minutes of one core"),
+                    "220,000 parameters, 4.6M tokens, 4 to 9 minutes of one core"),
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),
@@ -170,6 +176,8 @@ class SweepConfig:
                 raise ValueError(f"--rows={self.rows}: there is no row {name!r}; use some of {','.join(ROWS)}")
         if self.show and self.report:
             raise ValueError("--show and --report exclude each other; drop one")
+        refuse_idle(self, **{name: (not self.report, "with --report")
+                             for name in ("rows", "seeds", "jobs", "launcher")})
         for name, most in (("seeds", 10), ("jobs", 64)):
             if (value := getattr(self, name)) is not None and not 1 <= value <= most:
                 raise ValueError(f"--{name}={value} must lie in 1 to {most}")
@@ -183,7 +191,8 @@ class SweepConfig:
 
     def runs(self) -> list[tuple[str, int]]:
         """Return (row, seed) of every run asked for, in the order in which they are made; E0 is always first."""
-        names = self.rows.split(",") if self.rows else ROWS
+        same = f"--beta2={SIZES[self.scale]['beta2']}"  # a control of beta2 that is E0's own at this scale
+        names = self.rows.split(",") if self.rows else [n for n, row in ROWS.items() if same not in row.flags]
         first = SCALES[self.scale].seeds[0]
         return [(name, first + i) for name in ROWS if name in {"E0", *names} for i in range(self.seeds)]
 
@@ -200,33 +209,38 @@ def command(config: SweepConfig, name: str, seed: int) -> list[str]:
 # -----------------------------------------------------------------------------
 # making the runs
 
-def read_runs(path: Path) -> dict[tuple[str, int], dict]:
+def read_runs(path: Path, scale: str) -> dict[tuple[str, int], dict]:
     """Return {(row, seed): what that run has measured} of runs.jsonl; a line cut off by a crash is left out."""
     lines = read_log(path) if path.exists() else []
+    lines = [line for line in lines if {"row", "seed", "status"} <= line.keys()]
+    if other := {line.get("scale", scale) for line in lines} - {scale}:
+        raise ValueError(f"{path} has runs of --scale={other.pop()}; choose another --out_dir for --scale={scale}")
     return {(line["row"], line["seed"]): line for line in lines}
 
 
-def record(name: str, seed: int, log: list[dict], seconds: float) -> dict:
-    """Sum up a run's log.jsonl: its curves, and how it ended."""
+def record(scale: str, name: str, seed: int, log: list[dict], status: str) -> dict:
+    """Sum up a run's log.jsonl: its curves, how it ended, and what the log says of commit and machine."""
     train = [line for line in log if "grad_norm" in line]
-    speeds = sorted(line["tokens_per_s"] for line in train)
-    return {"row": name, "seed": seed, "status": log[-1]["status"], "step": log[-1]["step"],
+    speeds = [line["tokens_per_s"] for line in train]
+    return {"scale": scale, "row": name, "seed": seed, "status": status,
+            "step": max(line.get("step", 0) for line in log),
             "val_loss": [[x["step"], x["tokens"], x["val_loss"]] for x in log if "val_loss" in x],
             "loss": [[line["step"], round(line["loss"], 5)] for line in train],
             "grad_norm_max": max((line["grad_norm"] for line in train), default=None),
-            "tokens_per_s": round(speeds[len(speeds) // 2]) if speeds else None,
-            "seconds": round(seconds), **{key: value for key, value in log[0].items() if key != "config"}}
+            "tokens_per_s": round(statistics.median(speeds)) if speeds else None,
+            **{key: value for key, value in log[0].items() if key != "config"}}
 
 
 class Job:
     """One run of train.py in a process of its own; what it prints goes to train.txt in its folder."""
 
     def __init__(self, config: SweepConfig, name: str, seed: int, threads: int):
-        self.name, self.seed, self.started = name, seed, time.monotonic()
+        self.scale, self.name, self.seed = config.scale, name, seed
         args = command(config, name, seed)
         self.folder = Path(args[-1].partition("=")[2])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.output = open(self.folder / "train.txt", "a")  # noqa: SIM115 (open while the process lives)
+        self.before = self.output.tell()  # what earlier processes said
         self.process = subprocess.Popen(
             [*(config.launcher.split() or [sys.executable]), str(ROOT / args[0]), *args[1:], "--resume=auto"],
             stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
@@ -235,12 +249,17 @@ class Job:
     def result(self) -> dict | None:
         """Return the record of the run once its process has ended; None where it is to be tried again."""
         self.output.close()
-        said = (self.folder / "train.txt").read_text(errors="replace")[-2000:].rstrip()
-        if self.process.returncode in (0, 3):  # finished, or diverged: a result
-            seconds = time.monotonic() - self.started
-            return record(self.name, self.seed, read_log(self.folder / "log.jsonl"), seconds)
-        if "another run" in said:  # a sweep that was killed has left it running
-            time.sleep(2)
+        said = (self.folder / "train.txt").read_bytes()[self.before:]
+        said = said.decode(errors="replace").rstrip()
+        path = self.folder / "log.jsonl"
+        log = read_log(path) if path.exists() else []
+        # a launcher has exit codes of its own; and a run may have been killed behind its last checkpoint
+        status = log[-1].get("status") if log else None
+        status = "finished" if self.process.returncode == 0 else status
+        if status in ("finished", "diverged"):
+            return record(self.scale, self.name, self.seed, log, status)
+        if any(words in said for words in ("another run trains in", "another run went on", "holds another run")):
+            time.sleep(2)  # a sweep that was killed has left it running
             return None
         last = said.splitlines()[-1] if said else ""
         raise ValueError(f"{self.name} with seed {self.seed} failed with exit code "
@@ -252,14 +271,14 @@ def sweep(config: SweepConfig) -> None:
     """Make the runs that are missing."""
     out, path = Path(config.out_dir), Path(config.out_dir, "runs.jsonl")
     with lock(out, f"another sweep runs in --out_dir={out}; choose another, or end that one"):
-        done, wanted = read_runs(path), config.runs()
+        done, wanted = read_runs(path, config.scale), config.runs()
         todo, jobs = [run for run in wanted if run not in done], []
         threads = max(1, os.cpu_count() // config.jobs)
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done, {config.jobs} at a time of {threads} "
               f"thread(s); a run: {SCALES[config.scale].cost}", flush=True)
-        path.touch()
-        if path.read_bytes()[-1:] not in (b"", b"\n"):
-            path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")  # a line that a crash cut off
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            with open(path, "a") as file:  # a line that a crash cut off: read_log leaves it out
+                file.write("\n")
         started, made = time.monotonic(), 0
         try:
             while todo or jobs:
@@ -308,81 +327,96 @@ def describe(line: dict, base: dict | None) -> str:
 class Difference(NamedTuple):
     """A row beside another one, over the seeds that both have.
 
-    mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: that finished.
-    diverged: runs of the row that did, among those whose partner finished.
+    mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: of which both finished.
+    diverged: seeds of which only the row's run diverged.  outlived: of which only the other's did.
     """
     mean: float
     half: float
     pairs: int
     diverged: int
+    outlived: int
 
     def verdict(self) -> str:
-        """Return tie, better, worse, or diverged."""
-        if self.diverged:
-            return f"diverged {self.diverged}/{self.diverged + self.pairs}"
-        return "tie" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
+        """Return tie, better, worse, diverged, not decided or not run."""
+        if not (self.pairs or self.diverged or self.outlived):
+            return "not run"
+        if self.diverged > self.pairs + self.outlived:
+            return f"diverged {self.diverged}/{self.diverged + self.pairs + self.outlived}"
+        if self.outlived > self.pairs:
+            return "better"
+        if abs(self.mean) + self.half <= TIE:
+            return "tie"
+        return "not decided" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
 
 
-def differences(done: dict, name: str, base: str) -> tuple[list[float], int]:
-    """Return the differences of two rows within the seeds that finished in both, and how many only base finished."""
+def differences(done: dict, name: str, base: str) -> tuple[list[float], int, int]:
+    """Return the differences of two rows within seeds, and how many seeds only the other or only the one finished."""
     pairs = [(done[name, s], done[base, s]) for row, s in done if row == name and (base, s) in done]
-    pairs = [(a, b) for a, b in pairs if b["status"] == "finished"]
-    found = [final(a) - final(b) for a, b in pairs if a["status"] == "finished"]
-    return found, len(pairs) - len(found)
+    ended = [(a["status"] == "finished", b["status"] == "finished") for a, b in pairs]
+    found = [final(a) - final(b) for (a, b), both in zip(pairs, ended, strict=True) if all(both)]
+    return found, ended.count((False, True)), ended.count((True, False))
 
 
-def chaos(done: dict) -> float:
-    """Return the standard deviation between seeds of a paired difference to E0; inf if no row has two seeds."""
+def chaos(done: dict) -> tuple[float, int]:
+    """Return the standard deviation between seeds of a difference to E0 within seeds, and its degrees of freedom."""
     found = [differences(done, name, "E0")[0] for name in ROWS if name != "E0"]
     found = [d for d in found if len(d) > 1 and max(map(abs, d)) < NEAR]
+    freedom = sum(len(d) - 1 for d in found)
     squares = sum((x - statistics.mean(d)) ** 2 for d in found for x in d)
-    return (squares / sum(len(d) - 1 for d in found)) ** 0.5 if found else float("inf")
+    return ((squares / freedom) ** 0.5 if freedom else math.inf), freedom
 
 
 def compare(done: dict, name: str, base: str) -> Difference:
-    """Return the paired difference of two rows."""
-    found, diverged = differences(done, name, base)
+    """Return the difference of two rows within seeds."""
+    found, *others = differences(done, name, base)
     if not found:
-        return Difference(float("nan"), float("inf"), 0, diverged)
-    spread = max(chaos(done), statistics.stdev(found) if len(found) > 1 else 0.0)
-    return Difference(statistics.mean(found), 1.96 * spread / len(found) ** 0.5, len(found), diverged)
+        return Difference(math.nan, math.inf, 0, *others)
+    spread, freedom = chaos(done)
+    if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than chance
+        spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
+    t = T95[max(n for n in T95 if n <= freedom)] if freedom else math.inf
+    return Difference(statistics.mean(found), t * spread / len(found) ** 0.5, len(found), *others)
 
 
 def judge(d: Difference, expected: str) -> str:
     """Return what the runs say of a claim that expects tie, better, worse or diverged."""
     found = d.verdict()
-    if not d.pairs and not d.diverged:
-        return "not run"
+    if found == "not run" or found == expected:
+        return "confirmed" if found == expected else found
     if found.startswith("diverged"):
-        return "confirmed" if expected in ("diverged", "worse") else "contradicted"
-    if found == expected:
-        return f"confirmed, to within {d.half + abs(d.mean):.3f}" if found == "tie" else "confirmed"
-    if found == "tie":  # an effect may be real and too small to be seen
-        return f"not decidable: below {d.half + abs(d.mean):.3f} if any"
-    mild = (expected, found) == ("diverged", "worse")
-    return "worse, but not diverged in these runs" if mild else "contradicted"
+        return f"confirmed: {found}" if expected in ("diverged", "worse") else f"contradicted: {found}"
+    if (expected, found) == ("diverged", "worse"):
+        return "worse, but not diverged in these runs"
+    if expected == "tie" and abs(d.mean) - d.half <= TIE or found in ("tie", "not decided"):
+        return f"not decidable here: {abs(d.mean) + d.half:.3f} at most"
+    return "contradicted"
+
+
+def train_config(config: SweepConfig, name: str) -> TrainConfig:
+    """Return the config of a row's first run."""
+    return parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS)
 
 
 def probes(config: SweepConfig, names: list[str]) -> dict[str, dict]:
-    """Return what E0's checkpoint says of each row (probe.py); probe.csv keeps it, and stands in for the checkpoint."""
-    path, ckpt = Path(config.out_dir, "probe.csv"), Path(config.out_dir, f"runs/E0-{SCALES[config.scale].seeds[0]}")
-    known = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            known = {row["recipe"]: row for row in csv.DictReader(file)}
-    missing = [name for name in names if name not in known]
-    if missing and (ckpt / "ckpt.pt").exists():
-        flags = {name: flatten(parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS))
-                 for name in missing}
+    """Return what E0's checkpoint says of each row (probe.py); where there is none, what probe.csv kept of it."""
+    path = Path(config.out_dir, "probe.csv")
+    ckpt = Path(config.out_dir, f"runs/E0-{SCALES[config.scale].seeds[0]}")
+    if (ckpt / "ckpt.pt").exists():
+        flags = {name: flatten(train_config(config, name)) for name in names}
         rows = probe_rows(Probe(str(ckpt), data_dir=config.data_dir), flags)
-        known |= {row["recipe"]: row for row in rows if row["layer"] == "all"}
-        write_csv(list(known.values()), path)
-    return known
+        write_csv([row for row in rows if row["layer"] == "all"], path)
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {row["recipe"]: {f"probe_{key}": float(row[key]) if row[key] else None
+                                for key in ("loss", "bias", "update")} for row in csv.DictReader(file)}
 
 
 def memory(config: SweepConfig, name: str) -> dict[str, float]:
     """Return MiB that one step of a row keeps for backward, allocates at most, and its bytes of moments a parameter."""
-    train = parse(TrainConfig, command(config, name, 1)[1:], PRESETS | extensions.PRESETS)
+    if config.scale != "laptop":  # a step of it is not for every machine
+        return dict.fromkeys(("kept_mib", "peak_mib", "optimizer_mib"))
+    train = train_config(config, name)
     shape = BenchConfig(batch_size=train.batch_size, compile=False, dtype=train.dtype or "float32",
                         model=train.model)
     variant = Variant(name, shape, choose_device(train.device), flatten(train))
@@ -398,6 +432,7 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
     for name in names:
         mine = [line for (row, _), line in sorted(done.items()) if row == name]
         losses = [final(line) for line in mine if line["status"] == "finished"]
+        speeds = [line["tokens_per_s"] for line in mine if line["tokens_per_s"]]
         d = compare(done, name, "E0")
         rows.append({
             "id": name, "seeds": len(mine), "val_loss_mean": statistics.mean(losses) if losses else None,
@@ -405,9 +440,9 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
             "diff_to_E0_mean": d.mean if d.pairs and name != "E0" else None,
             "diff_to_E0_ci": d.half if d.pairs > 1 and name != "E0" else None,
             "diverged": ", ".join(f"{x['seed']}: step {x['step']}" for x in mine if x["status"] != "finished"),
-            "verdict": d.verdict() if name != "E0" and d.pairs + d.diverged else "",
-            "tokens_per_s": statistics.median(x["tokens_per_s"] for x in mine if x["tokens_per_s"]),
-            **{f"probe_{key}": probed[name][key] if name in probed else None for key in ("loss", "bias", "update")},
+            "verdict": d.verdict() if name != "E0" else "",
+            "tokens_per_s": statistics.median(speeds) if speeds else None,
+            **probed.get(name, dict.fromkeys(("probe_loss", "probe_bias", "probe_update"))),
             **memory(config, name), "paper": ROWS[name].paper,
             "command": " ".join(["python", *(a for a in command(config, name, mine[0]["seed"])
                                              if not a.startswith(("--data_dir", "--out_dir")))])})
@@ -416,7 +451,8 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
 
 def report(config: SweepConfig) -> None:
     """Write table.csv, table.md with a verdict per claim, and curves.png into the sweep's folder."""
-    out, done = Path(config.out_dir), read_runs(Path(config.out_dir, "runs.jsonl"))
+    out = Path(config.out_dir)
+    done = read_runs(out / "runs.jsonl", config.scale)
     rows = table(config, done)
     if not rows or rows[0]["id"] != "E0":
         raise ValueError(f"{out}/runs.jsonl has no run of E0 yet; "
@@ -425,7 +461,7 @@ def report(config: SweepConfig) -> None:
 
     def cell(value: float | str | None) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done)),
+    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE),
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
         d = compare(done, name, base)
@@ -456,7 +492,8 @@ def draw(done: dict, path: Path) -> None:
                 for panel in (whole, end):
                     panel.plot(x, y, label=name, **style)
                 late += [v for v in y[len(y) // 2:]]
-        end.set(ylim=(min(late) - 0.02, min(sorted(late)[len(late) * 9 // 10] + 0.02, min(late) + 0.5)),
+        high = min(sorted(late)[len(late) * 9 // 10] + 0.02, min(late) + 0.5)
+        end.set(ylim=(min(late) - 0.02, high),
                 xlabel="million tokens")
         whole.set(title=title)
         whole.legend()
@@ -468,12 +505,13 @@ def draw(done: dict, path: Path) -> None:
 def draw_probe(rows: list[dict], path: Path) -> None:
     """Draw what one checkpoint said against what training said, by the measure that suits the kind of a row."""
     figure, panels = new_figure(1, 3, size=(16, 5))
-    for panel, (key, unit) in zip(panels[0], (("loss", "change of the loss, nats"), ("bias", "bias of the gradient"),
-                                              ("update", "error of Adam's update")), strict=True):
+    measures = {"loss": "change of the loss, nats", "bias": "bias of the gradient", "update": "error of Adam's update"}
+    for panel, (key, unit) in zip(panels[0], measures.items(), strict=True):
         for row in rows:
             x, y = float(row[f"probe_{key}"] or 0), row["diff_to_E0_mean"]
             if x > 1e-9 and y is not None:
-                half = row["diff_to_E0_ci"] if row["diff_to_E0_ci"] not in (None, float("inf")) else 0.0
+                half = row["diff_to_E0_ci"]
+                half = 0.0 if half in (None, math.inf) else half
                 panel.errorbar(x, y, half, fmt="o", ms=3, color="tab:blue", alpha=0.6)
                 panel.annotate(row["id"], (x, y), fontsize=7)
         panel.set(xscale="log", yscale="symlog", xlabel=f"one checkpoint: {unit}")

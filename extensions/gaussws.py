@@ -57,6 +57,9 @@ class Config:
                              f"bfloat16 carries the noise up to {CARRIED} bits")
         if not 1 <= self.b_target <= self.b_init and self.b_decay:
             raise ValueError(f"--b_target={self.b_target} must lie in 1 to --b_init={self.b_init}")
+        if not 0 <= self.b_lr < math.inf or self.b_decay and self.b_target == self.b_init:
+            raise ValueError(f"--b_lr={self.b_lr} must be at least 0, and --b_target={self.b_target} "
+                             f"below --b_init={self.b_init} for --b_decay to have something to do")
         if self.b_block < 1 or self.b_decay < 0 or not math.isfinite(self.b_decay):
             raise ValueError(f"--b_block={self.b_block} must be at least 1, "
                              f"--b_decay={self.b_decay} at least 0")
@@ -77,6 +80,12 @@ def block_step(w: Tensor, b: Tensor, block: int) -> Tensor:
     return tiles(w, (block, block)).abs().amax((1, 3), keepdim=True) * torch.exp2(1 - b)
 
 
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """Round fp32 to numbers of bfloat16, half to even, by the bits: a compiler drops a cast there and back."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+
+
 class _Sample(torch.autograd.Function):
     # w (N, K) fp32 and b -> w^ (N, K), values of bfloat16 in `dtype`. In bfloat16 the GEMM keeps this very tensor.
     @staticmethod
@@ -85,7 +94,7 @@ class _Sample(torch.autograd.Function):
         R = rounded_normal(u) if noise == "gauss" else u - 0.5
         step = block_step(w, b, block)
         w_hat = (tiles(w, (block, block)) + tiles(R, (block, block)) * step).view(w.shape)
-        w_hat = w_hat.to(torch.bfloat16).to(dtype)
+        w_hat = w_hat.to(dtype) if dtype == torch.bfloat16 else round_to_bfloat16(w_hat)
         ctx.save_for_backward(w, b, w_hat)
         ctx.block, ctx.noise = block, noise
         return w_hat
@@ -132,6 +141,8 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     if flat.get("wbits", 32) < 32:
         raise ValueError(f"--gaussws with --wbits={flat['wbits']}: noise stands for rounding; "
                          "drop one")
+    if flat.get("skip_blocks"):
+        raise ValueError("--skip_blocks has no effect on weights that --gaussws samples; drop one")
     dtype = getattr(torch, flat.get("dtype") or "float32")
 
     def sampled(name: str, in_features: int, out_features: int, bias: bool) -> QuantLinear:

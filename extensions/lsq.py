@@ -65,6 +65,8 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     """Give the linears of the blocks a learned step; lm_head, which is the embedding, stays as it is."""
     if config.lsq_bits == 32:
         return linear
+    if flat.get("skip_blocks"):
+        raise ValueError("--skip_blocks has no effect on the weights of --lsq_bits; drop one")
     if flat.get("wbits", 32) < 32:
         raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights "
                          "twice; drop one")

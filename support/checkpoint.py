@@ -99,8 +99,11 @@ def load_weights(model: GPT, weights: dict[str, Tensor], source: str) -> None:
         model.start_reparams()
 
 
-def model_from(checkpoint: dict, linear: Linear, dtype: torch.dtype = torch.float32) -> GPT:
-    """Rebuild a model on the CPU with the linears of `linear`; as trained: extensions.linears(checkpoint["config"])."""
+def model_from(checkpoint: dict, linear: Linear, dtype: torch.dtype = torch.float32, own_recipe: bool = True) -> GPT:
+    """Rebuild a model on the CPU with the linears of `linear`; as trained: extensions.linears(checkpoint["config"]).
+
+    own_recipe: they are those of training; else reparams that the checkpoint lacks start from its weights.
+    """
     model = GPT(own(GPTConfig, checkpoint["config"]), checkpoint["vocab_size"], linear, dtype)
-    load_weights(model, checkpoint["model"], "checkpoint")
+    load_weights(model, checkpoint["model"], "checkpoint" if own_recipe else "the checkpoint")
     return model

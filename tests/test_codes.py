@@ -5,29 +5,32 @@ import torch
 from conftest import column
 
 import eval as evaluation
+import extensions
+from support.checkpoint import load_checkpoint, model_from
+from support.codes import load_codes, with_codes
 
 safetensors = pytest.importorskip("safetensors.torch")
 
 
 @pytest.mark.parametrize("flags", [["--wbits=8", "--abits=8"], ["--wbits=8", "--wgran=per_block", "--wblock=32"],
-                                   ["--wbits=8", "--gemm=int8", "--abits=8", "--quant_head"], ["--preset=tiny,lsq8,W2"],
+                                   ["--wbits=8", "--gemm=int8", "--abits=8", "--quant_head"],
                                    ["--wbits=8", "--abits=4", "--asym", "--skip_blocks=0", "--untied_head"]])
 def test_the_loss_is_the_same_to_the_last_bit(flags, run, call, tmp_path):
     """Codes are int8 and those of the recipe, the rest is fp32, and eval.py prints the same from either."""
-    if "lsq8" in str(flags):
-        flags = [*flags, "--wbits=32"]  # its steps are no codes: refused below
     assert run(tmp_path / "a", "--n_layer=2", *flags)[0] == 0
     file = tmp_path / "codes.safetensors"
     code, out, err = call(evaluation.main, f"--ckpt={tmp_path}/a", f"--export={file}")
-    if "lsq8" in str(flags):
-        assert code == 2 and "no layer has 8-bit weights; train with --wbits=8" in err
-        return
     assert code == 0 and out.startswith(f"wrote {file}:"), err
     tensors = safetensors.load_file(file)
     codes = {k for k in tensors if k.endswith(".codes")}
-    assert {tensors[k].dtype for k in codes} == {torch.int8}
+    assert all(t.dtype == (torch.int8 if k in codes else torch.float32) for k, t in tensors.items())
     assert len(codes) == (4 if "--skip_blocks=0" in flags else 8) + ("--quant_head" in flags)
     assert not {k.removesuffix(".codes") for k in codes} & tensors.keys()
+    loss, idx = [], torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0))
+    for source, wrap in ((load_checkpoint(tmp_path / "a"), lambda linear, _: linear), (load_codes(file), with_codes)):
+        linear = extensions.linears(source["config"])
+        loss.append(model_from(source, wrap(linear, source.get("codes"))).eval()(idx, idx))
+    assert torch.equal(*loss)
     before, after = (call(evaluation.main, f"--ckpt={path}", "--sample_tokens=40")[1].split("\n", 1)
                      for path in (tmp_path / "a", file))
     assert before[1] == after[1] and f"{column(tmp_path / 'a', 'val_loss')[-1]:.4f}" in after[1]
@@ -39,6 +42,10 @@ def test_refused(run, call, tmp_path):
     file = tmp_path / "codes.safetensors"
     assert "has no 8-bit integer codes" in call(evaluation.main, f"--ckpt={tmp_path}/a", f"--export={file}")[2]
     assert "there is no" in call(evaluation.main, f"--ckpt={file}")[2]
+    assert run(tmp_path / "c", "--lsq_bits=8")[0] == 0  # its steps are no codes
+    assert "no layer has 8-bit weights" in call(evaluation.main, f"--ckpt={tmp_path}/c", f"--export={file}")[2]
+    code, out, err = call(evaluation.main, f"--ckpt={tmp_path}/b", f"--export={tmp_path}/no/folder.safetensors")
+    assert code == 2 and "could not write" in err
     assert call(evaluation.main, f"--ckpt={tmp_path}/b", f"--export={file}")[0] == 0
     whole = file.read_bytes()
     safetensors.save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")

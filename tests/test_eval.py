@@ -94,11 +94,14 @@ def test_other_quantizers_after_the_fact(run, call, tmp_path):
         return out.splitlines()[1]
     trained, off = loss(), loss("--quantizers=off")
     assert loss("--recipe=W4,abits=8,agran=per_tensor") == loss("--recipe=wbits=4,A1") == trained != off
-    assert loss("--recipe=E0") == off
+    assert loss("--recipe=E0") == off != loss("--recipe=lsq4")
+    assert loss("--recipe=W4,abits=2,wbits=32") == loss("--recipe=abits=2") != loss("--recipe=W4,abits=2")
     rows = dict(line.split() for line in call(evaluation.main, ckpt, "--ptq")[1].splitlines()[1:])
     assert len(rows) == 25 and rows["E0"] in off and rows["W4,A1"] in trained and rows["W3,A3"] != rows["E0"]
     for flags, words in ((["--recipe=W9"], "'W9' is no preset of a recipe"), (["--recipe=tiny"], "'tiny' is no preset"),
                          (["--recipe=wgran=per_tensor"], "has no effect without --wbits"),
-                         (["--recipe=W4", "--quantizers=off"], "with --recipe"), (["--ptq", "--seed=1"], "with --ptq")):
+                         (["--recipe=W4", "--quantizers=off"], "with --recipe"),
+                         (["--recipe=S6"], "--recipe=S6 changes nothing in a trained model"),
+                         (["--ptq", "--seed=1"], "with --ptq")):
         code, out, err = call(evaluation.main, ckpt, *flags)
         assert code == 2 and words in err and not out

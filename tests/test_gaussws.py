@@ -55,6 +55,17 @@ def test_bfloat16_carries_noise_of_nine_bits(b, low, high):
     assert low <= lost.sum().item() / (R != 0).sum().item() <= high
 
 
+def test_compiled_weights_lie_on_bfloat16s_grid():
+    """A compiler drops a cast there and back: the bits are rounded by hand, as torch rounds them."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.randint(-30, 30, (4096,))
+    x[:4] = torch.tensor([0.0, -0.0, 1.00390625, 1.01171875])  # two ties
+    assert torch.equal(gaussws.round_to_bfloat16(x), x.bfloat16().float())
+    module = Sampled(w := weights(), Config(**ON), torch.float32)
+    w_hat = torch.compile(lambda w: module(w) * 1)(w)
+    assert torch.equal(w_hat, w_hat.bfloat16().float()) and not torch.equal(w_hat, w)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("b", [2.0, 4.0, 6.5, 8.0])
 def test_gradients(b):
     """dw is dw^ bit for bit; db is that of w + R step with the R that was drawn, which backward finds again."""
@@ -134,7 +145,10 @@ def test_run(run, call, tmp_path):
     (["--gaussws", "--b_init=10"], "carries the noise up to 9 bits"), (["--gaussws", "--wbits=8"], "drop one"),
     (["--gaussws", "--b_decay=1", "--b_target=7"], "--b_target=7.0 must lie in 1 to --b_init=6.0"),
     (["--gaussws", "--b_block=24"], "--b_block=24 must divide the 96 x 32 weight of h.0.attn.c_attn; try 32"),
-    (["--gaussws", "--lsq_bits=4"], "drop one"), (["--gaussws", "--b_block=0"], "--b_block=0 must be at least 1")])
+    (["--gaussws", "--lsq_bits=4"], "drop one"), (["--gaussws", "--b_decay=1", "--b_target=6"], "below --b_init=6.0"),
+    (["--gaussws", "--skip_blocks=0"], "--skip_blocks has no effect"),
+    (["--preset=tiny,gaussws", "--b_lr=nan"], "--b_lr=nan"),
+    (["--gaussws", "--b_block=0"], "--b_block=0 must be at least 1")])
 def test_refused(flags, words, run, tmp_path):
     code, out, err = run(tmp_path / "a", *flags)
     assert code == 2 and words in err, err

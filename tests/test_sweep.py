@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -30,8 +31,11 @@ def test_rows_are_configs_and_differ():
         assert bool(row.expects) == (row.paper not in ("", "?", "the baseline"))
         key = str({k: v for k, v in flat.items() if k not in ("preset", "out_dir")})
         assert seen.setdefault(key, name) == name
-    for scale in ("gpu", "paper"):
-        parse(TrainConfig, sweep.command(sweep.SweepConfig(scale=scale), "C1", 7)[1:], PRESETS)
+    for scale, beta2 in (("gpu", "E0-beta2=.95"), ("paper", "E0-beta2=.999")):
+        config = sweep.SweepConfig(scale=scale)
+        config.resolve()
+        assert beta2 not in dict(config.runs()) and len(dict(config.runs())) == len(sweep.ROWS) - 2
+        parse(TrainConfig, sweep.command(config, "C1", 7)[1:], PRESETS)
     assert {name for names in sweep.PANELS.values() for name in names.split()} <= sweep.ROWS.keys()
 
 
@@ -41,29 +45,42 @@ def line(row, seed, loss, status="finished"):
             "tokens_per_s": 1000 + seed}
 
 
-def test_differences_are_paired():
+def test_quantiles_of_t():
+    """Student's density, integrated numerically, has 95 % between -q and q."""
+    for n, q in sweep.T95.items():
+        x = np.linspace(-q, q, 200_001)
+        constant = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+        assert np.trapezoid(constant * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.95, abs=6e-5)
+
+
+def test_differences_are_within_seeds():
     """Means are of the differences within seeds, the spread is that of all rows near E0; what is missing drops out."""
     losses = {"E0": (1.0, 1.2, 1.4, 9.0), "C1": (1.011, 1.209, 1.410), "W2": (1.02, 1.24), "A4": (1.5, 9.9)}
     done = {(row, s): line(row, s, x) for row, values in losses.items() for s, x in enumerate(values)}
     d, spread = sweep.compare(done, "C1", "E0"), ((2 * 0.001**2 + 2 * 0.01**2) / 3) ** 0.5  # A4 is far away
-    assert d.mean == pytest.approx(0.01) and d.pairs == 3 and d.diverged == 0
-    assert d.half == pytest.approx(1.96 * spread / math.sqrt(3)) and sweep.chaos(done) == pytest.approx(spread)
-    assert sweep.compare(done, "A4", "E0").half == pytest.approx(1.96 * 8.2 / 2)  # its own spread, of .5 and 8.7
+    assert d.mean == pytest.approx(0.01) and d[2:] == (3, 0, 0) and sweep.chaos(done) == (pytest.approx(spread), 3)
+    assert d.half == pytest.approx(3.182 * spread / math.sqrt(3))
+    assert sweep.compare(done, "A4", "E0").half == pytest.approx(12.706 * 8.2 / 2)  # its own spread, of .5 and 8.7
     done["C1", 1] = line("C1", 1, 1.3, "diverged")
-    assert sweep.compare(done, "C1", "E0")[2:] == (2, 1) and math.isnan(sweep.final(done["C1", 1]))
+    assert sweep.compare(done, "C1", "E0")[2:] == (2, 1, 0) and math.isnan(sweep.final(done["C1", 1]))
+    assert sweep.compare(done, "W2", "C1")[2:] == (1, 0, 1)
 
 
-@pytest.mark.parametrize("mean, half, diverged, verdict, judged", [
-    (0.01, 0.02, 0, "tie", {"tie": "confirmed, to within 0.030", "worse": "not decidable: below 0.030",
-                            "diverged": "not decidable"}),
-    (0.10, 0.02, 0, "worse", {"worse": "confirmed", "tie": "contradicted", "better": "contradicted",
-                              "diverged": "worse, but"}),
-    (-.10, 0.02, 0, "better", {"better": "confirmed", "worse": "contradicted", "tie": "contradicted"}),
-    (0.10, 0.02, 1, "diverged 1/4", {"diverged": "confirmed", "worse": "confirmed", "tie": "contradicted"}),
-    (0.50, math.inf, 0, "tie", {"worse": "not decidable"})])  # one seed, no spread known
-def test_verdicts(mean, half, diverged, verdict, judged):
+@pytest.mark.parametrize("numbers, verdict, judged", [
+    ((0.005, 0.01, 3, 0, 0), "tie", {"tie": "confirmed", "worse": "not decidable here: 0.015", "diverged": "not dec"}),
+    ((0.005, 0.002, 3, 0, 0), "tie", {"tie": "confirmed", "worse": "not decidable"}),
+    ((0.01, 0.02, 3, 0, 0), "not decided", {"tie": "not decidable here: 0.030", "worse": "not decidable"}),
+    ((0.03, 0.02, 3, 0, 0), "worse", {"worse": "confirmed", "tie": "not decidable", "better": "contradicted"}),
+    ((0.10, 0.02, 3, 0, 0), "worse", {"worse": "confirmed", "tie": "contradicted", "diverged": "worse, but"}),
+    ((-.10, 0.02, 3, 0, 0), "better", {"better": "confirmed", "worse": "contradicted", "tie": "contradicted"}),
+    ((0.10, 0.02, 1, 2, 0), "diverged 2/3", {"diverged": "confirmed", "worse": "confirmed", "tie": "contradicted"}),
+    ((0.10, 0.02, 2, 1, 0), "worse", {"diverged": "worse, but"}),
+    ((math.nan, math.inf, 0, 0, 3), "better", {"better": "confirmed", "worse": "contradicted"}),
+    ((0.50, math.inf, 1, 0, 0), "not decided", {"worse": "not decidable", "tie": "not decidable"}),  # one seed
+    ((math.nan, math.inf, 0, 0, 0), "not run", {"tie": "not run"})])
+def test_verdicts(numbers, verdict, judged):
     """A claim is confirmed or contradicted by what the interval excludes, else it stays open."""
-    d = sweep.Difference(mean, half, 3, diverged)
+    d = sweep.Difference(*numbers)
     assert d.verdict() == verdict
     for expected, words in judged.items():
         assert sweep.judge(d, expected).startswith(words)
@@ -72,15 +89,15 @@ def test_verdicts(mean, half, diverged, verdict, judged):
 def test_report(tmp_path, call):
     """table.md, table.csv and curves.png from whatever runs there are, one of them diverged, one line cut off."""
     lines = [line("E0", 1, 1.0), line("E0", 2, 1.1), line("W4", 1, 1.5), line("W4", 2, 1.61)]
-    lines.append(line("A4", 1, 1.0, "diverged"))
+    lines += [line("A4", 1, 1.0, "diverged") | {"tokens_per_s": None}, {"a": 1}]
     text = "".join(json.dumps(x) + "\n" for x in lines)
     (tmp_path / "runs.jsonl").write_text(text + text[:30])
     code, out, err = call(sweep.main, "--report", f"--out_dir={tmp_path}")
-    assert code == 0 and "steps | A4 - E0, diverged 1 | confirmed |" in out
+    assert code == 0 and "steps | A4 - E0, diverged 1 | confirmed: diverged 1/1 |" in out
     table = (tmp_path / "table.csv").read_text().splitlines()
     assert table[0].startswith("id,seeds,val_loss_mean,val_loss_std,diff_to_E0_mean,diff_to_E0_ci,diverged,verdict")
     assert [row.split(",")[:2] for row in table[1:]] == [["E0", "2"], ["W4", "2"], ["A4", "1"]]
-    assert "W4,2,1.555,0.0777817,0.505,inf,,tie" in table[2] and "1: step 9" in table[3]
+    assert "W4,2,1.555,0.0777817,0.505,0.06353,,worse" in table[2] and "1: step 9" in table[3]
     assert min((tmp_path / name).stat().st_size for name in ("curves.png", "probe.png")) > 10_000
     (tmp_path / "runs.jsonl").write_text("")
     code, out, err = call(sweep.main, "--report", f"--out_dir={tmp_path}")
@@ -89,7 +106,9 @@ def test_report(tmp_path, call):
 
 @pytest.mark.parametrize("flags, message", [
     (["--rows=E0,W9"], "there is no row 'W9'; use some of E0,"), (["--seeds=0"], "--seeds=0 must lie in 1 to 10"),
-    (["--show", "--report"], "exclude each other"), (["--jobs=65"], "--jobs=65 must lie in 1 to 64")])
+    (["--show", "--report"], "exclude each other"),
+    (["--report", "--rows=C1"], "--rows=C1 has no effect with --report"),
+    (["--jobs=65"], "--jobs=65 must lie in 1 to 64")])
 def test_refused(flags, message, call):
     """One line, exit code 2."""
     code, out, err = call(sweep.main, *flags)
@@ -111,7 +130,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path, data, call, monkeyp
     assert killed.wait() == -9
     for name in ("killed", "whole"):
         assert "2/2" in call(sweep.main, *flags, f"--out_dir={tmp_path}/{name}")[1]
-    runs = [sweep.read_runs(tmp_path / name / "runs.jsonl") for name in ("whole", "killed")]
+    runs = [sweep.read_runs(tmp_path / name / "runs.jsonl", "laptop") for name in ("whole", "killed")]
     assert runs[0].keys() == runs[1].keys() == {("E0", 1), ("C1", 1)}
     for run in runs[0]:
         a, b = (r[run] for r in runs)
