@@ -15,11 +15,10 @@ Values come from the defaults, then from each preset of `--preset=a,b` from left
 
 import argparse
 import difflib
+import dis
 import inspect
-import linecache
 import re
 import sys
-import traceback
 import typing
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -205,10 +204,13 @@ def one_line_errors(quiet: bool = False):
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        file, root = frame.f_code.co_filename, Path(__file__).parent.parent
+        end = error.__traceback__
+        while end.tb_next:
+            end = end.tb_next
+        code, root = end.tb_frame.f_code, Path(__file__).parent.parent
+        file = code.co_filename
         ours = Path(file).is_relative_to(root) and "site-packages" not in file  # which may lie in root/.venv
-        ours = ours and "raise" in linecache.getline(file, line)
+        ours = ours and code.co_code[end.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # a raise, not a call
         if isinstance(error, ValueError) and not ours:
             raise
         if not quiet:
