@@ -40,8 +40,10 @@ def check_quant(config: Any) -> None:
                       ("gfmt", dict(gbits=(8,), rounding=("nearest",)))):
         if getattr(config, fmt) != "int":
             refuse_unfit(config, fmt, "FP8 is symmetric, 8 bits, rounded to nearest", **fits)
+    # asym covers all inputs, asym_gelu those behind GELU
     if config.asym_gelu:
         refuse_unfit(config, "asym_gelu", "all inputs have a zero point already", asym=(False,))
+    # granularities whose scales are constant along forward's contraction, and so come out of the GEMM
     w_rows, a_rows = ("per_channel", "per_tensor"), ("per_token", "per_tensor")
     if config.gemm == "int8":
         integers = "its scales must factor out of every GEMM"
@@ -49,6 +51,7 @@ def check_quant(config: Any) -> None:
                      asym=(False,), asym_gelu=(False,), wgran=w_rows, agran=a_rows)
         if g:
             refuse_unfit(config, "gemm", integers, ggran=("per_row",), backward=("ste",))
+    # quant.fold: the gradient takes up the scales of forward's own w and x, which zero points or blocks forbid
     if g and config.ggran == "per_row" and config.backward == "ste":
         refuse_unfit(config, "ggran", "it takes up the scales of w and x", asym=(False,),
                      asym_gelu=(False,), wgran=w_rows, agran=(*a_rows, "per_channel"))
@@ -66,6 +69,7 @@ def check_model(config: Any) -> None:
     if config.dropout and config.keep8 in ("attn", "both"):
         raise ValueError(f"--keep8={config.keep8} runs attention again in backward, where "
                          "dropout draws other numbers; use --dropout=0 or --keep8=gelu")
+    # a pruned shape: a number for each block, never more than the full width
     for name, most in (("heads", config.n_head), ("hidden", 4 * config.n_embd)):
         n = getattr(config, name)
         if n and (len(n) != config.n_layer or not 1 <= min(n) <= max(n) <= most):
@@ -78,6 +82,7 @@ def check_optim(config: Any) -> None:
     for name, end in (("weight_decay", inf), ("beta1", 1), ("beta2", 1)):
         if not 0 <= getattr(config, name) < end:
             raise ValueError(f"--{name}={getattr(config, name)} must lie in [0, {end})")
+    # each moment for itself
     stored = [i for i in ("m1", "m2") if getattr(config, f"{i}bits") != 32]
     for i in ("m1", "m2"):
         if getattr(config, f"{i}bits") not in (4, 8, 32):
@@ -86,6 +91,7 @@ def check_optim(config: Any) -> None:
         refuse_idle(config, **{i + field: low for field in ("fmt", "gran", "round")})
         if getattr(config, f"{i}fmt") == "dynamic" and getattr(config, f"{i}round") == "stochastic":
             raise ValueError(f"--{i}round=stochastic: use power or linear, not dynamic")
+    # both together: they share the rows and blocks of one layout (optim.layout)
     fmts, grans = ({getattr(config, i + field) for i in stored} for field in ("fmt", "gran"))
     if len(grans) > 1:
         raise ValueError(f"--m1gran={config.m1gran}, --m2gran={config.m2gran}: give both the same")

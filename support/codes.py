@@ -30,6 +30,7 @@ class Stored:
 
 def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:
     """Write the model, and return one line on how large it is. Raises: ValueError if no layer has 8-bit codes."""
+    # (1) what forward multiplies: the codes that the recipe makes of the weight as it is used
     tensors, flat = {}, 0
     with torch.no_grad():
         for name, layer in model.named_modules():
@@ -47,6 +48,7 @@ def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:
     if not tensors:
         raise ValueError(f"--export={path}: no layer has 8-bit weights; train with --wbits=8, "
                          "or name a folder")
+    # (2) all else in fp32; a tied head is the embedding, and a reparam has done its work
     kept = {k: v.contiguous() for k, v in model.state_dict().items() if ".reparam." not in k
             and (k != "lm_head.weight" or model.config.untied_head) and f"{k}.codes" not in tensors}
     facts = {key: checkpoint[key] for key in ("config", "vocab_size", "step", "extensions")}
@@ -71,10 +73,12 @@ def load_codes(path: Path) -> dict:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["nanoqpt"])
         tensors = safetensors.torch.load_file(path)
+        # JSON has no tuples, a config no lists
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["config"].items()}
         names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
         codes = {name.removesuffix(".weight"):
                  (tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")) for name in names}
+        # in fp32 too, for --quantizers=off and --recipe; as trained, the layers use the codes (with_codes)
         weights = {f"{name}.weight": restore(Quantized(*q, None)) for name, q in codes.items()
                    if name != "lm_head" or config.get("untied_head")}
     except Exception as error:  # of a file that is cut or of another kind, anything

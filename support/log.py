@@ -28,7 +28,7 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; "
                                 f"python train.py --out_dir={path.parent} makes one")
-    lines = []
+    lines = []  # what a crash leaves is at the end of the file; damage may be anywhere
     for text in path.read_text(errors="replace").split("\n")[:-1]:  # the last is cut off, or empty
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))

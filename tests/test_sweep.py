@@ -108,6 +108,7 @@ def test_report(tmp_path, call):
     (["--rows=E0,W9"], "there is no row 'W9'; use some of E0,"), (["--seeds=0"], "--seeds=0 must lie in 1 to 10"),
     (["--show", "--report"], "exclude each other"),
     (["--report", "--rows=C1"], "--rows=C1 has no effect with --report"),
+    (["--show", "--jobs=2"], "--jobs=2 has no effect with --show"),
     (["--jobs=65"], "--jobs=65 must lie in 1 to 64")])
 def test_refused(flags, message, call):
     """One line, exit code 2."""
