@@ -7,13 +7,7 @@
 
 A row is a few flags of train.py. Each of its runs is an ordinary one: `--show` prints its command. What a finished run
 has measured becomes one line of runs.jsonl in the sweep's folder; a run that stands there is never repeated, and one
-that was killed goes on from its checkpoint. All seeds of a row are compared with E0's of the same seed.
-
-Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed. How
-much is taken from all rows that end within NEAR of E0 together: the standard deviation of their differences within a
-row. The interval beside a mean difference is Student's at 95 %, from that deviation, or from the row's own if it is far
-away. tie: the whole interval lies within TIE; worse, better: it excludes zero; else the runs do not decide.
-(All rows share E0's runs, and so their luck.)
+that was killed goes on from its checkpoint. Rows are compared within seeds: verdicts.py has how.
 """
 
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
@@ -21,7 +15,6 @@ if __name__ == "__main__":  # first: a bad command line is refused before torch 
 
 import csv
 import json
-import math
 import os
 import signal
 import statistics
@@ -35,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import extensions
-from analyze import new_figure, write_csv
+from analyze import write_csv
 from bench import BenchConfig, Variant
 from probe import Probe, probe_rows
 from support.config import flatten, one_line_errors, parse, refuse_idle
@@ -44,13 +37,9 @@ from support.lock import lock
 from support.log import read_log
 from support.presets import PRESETS, SIZES
 from train import TrainConfig
+from verdicts import TIE, chaos, compare, draw, draw_probe, final, judge
 
 ROOT = Path(__file__).parent
-NEAR = 0.1  # nats from E0: rows whose spread tells how chaotic training is at this scale
-TIE = 0.02  # nats: less than this between two recipes is called no difference
-# Student's t, two-sided 95 %, by degrees of freedom
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131,
-       20: 2.086, 40: 2.021}
 
 
 class Row(NamedTuple):
@@ -131,14 +120,11 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
-with {chaos[1]} degrees of freedom (sweep.py says how); below {tie} nats is no difference. Memory: one step, uncompiled,
-MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in runs.jsonl; runs
+with {chaos[1]} degrees of freedom (verdicts.py says how); below {tie} nats is no difference. Memory: one step,
+uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in runs.jsonl; runs
 share the machine with others, so tokens_per_s are lower bounds.
 """
 ROWS |= {name: Row(f"--preset={name}") for name in extensions.PRESETS}  # further papers, one row a preset
-# what the panels of curves.png show beside E0
-PANELS = {"weights": "W1 W2 W3 W4", "activations": "A1 A2 A3 A4 A5 A6", "gradients": "G1 G2 G3 G5",
-          "moments": "S1 S2 S3 S4 S6", "combined": "C1 C2 W4A8 W4A4"}
 
 
 class Scale(NamedTuple):
@@ -309,11 +295,6 @@ def sweep(config: SweepConfig) -> None:
                 job.process.wait()
 
 
-def final(line: dict) -> float:
-    """Return the last validation loss of a run, nats per token; nan if it diverged."""
-    return line["val_loss"][-1][2] if line["status"] == "finished" else float("nan")
-
-
 def describe(line: dict, base: dict | None) -> str:
     """Say in a few words how a run ended, beside E0 of the same seed."""
     if line["status"] != "finished":
@@ -324,74 +305,6 @@ def describe(line: dict, base: dict | None) -> str:
 
 # -----------------------------------------------------------------------------
 # the report
-
-class Difference(NamedTuple):
-    """A row beside another one, over the seeds that both have.
-
-    mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: of which both finished.
-    diverged: seeds of which only the row's run diverged.  outlived: of which only the other's did.
-    """
-    mean: float
-    half: float
-    pairs: int
-    diverged: int
-    outlived: int
-
-    def verdict(self) -> str:
-        """Return tie, better, worse, diverged, not decided or not run."""
-        if not (self.pairs or self.diverged or self.outlived):
-            return "not run"
-        if self.diverged > self.pairs + self.outlived:
-            return f"diverged {self.diverged}/{self.diverged + self.pairs + self.outlived}"
-        if self.outlived > self.pairs:
-            return "better"
-        if abs(self.mean) + self.half <= TIE:
-            return "tie"
-        return "not decided" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
-
-
-def differences(done: dict, name: str, base: str) -> tuple[list[float], int, int]:
-    """Return the differences of two rows within seeds, and how many seeds only the other or only the one finished."""
-    pairs = [(done[name, s], done[base, s]) for row, s in done if row == name and (base, s) in done]
-    ended = [(a["status"] == "finished", b["status"] == "finished") for a, b in pairs]
-    found = [final(a) - final(b) for (a, b), both in zip(pairs, ended, strict=True) if all(both)]
-    return found, ended.count((False, True)), ended.count((True, False))
-
-
-def chaos(done: dict) -> tuple[float, int]:
-    """Return the standard deviation between seeds of a difference to E0 within seeds, and its degrees of freedom."""
-    found = [differences(done, name, "E0")[0] for name in ROWS if name != "E0"]
-    found = [d for d in found if len(d) > 1 and max(map(abs, d)) < NEAR]
-    freedom = sum(len(d) - 1 for d in found)
-    squares = sum((x - statistics.mean(d)) ** 2 for d in found for x in d)
-    return ((squares / freedom) ** 0.5 if freedom else math.inf), freedom
-
-
-def compare(done: dict, name: str, base: str) -> Difference:
-    """Return the difference of two rows within seeds."""
-    found, *others = differences(done, name, base)
-    if not found:
-        return Difference(math.nan, math.inf, 0, *others)
-    spread, freedom = chaos(done)
-    if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than chance
-        spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
-    t = T95[max(n for n in T95 if n <= freedom)] if freedom else math.inf
-    return Difference(statistics.mean(found), t * spread / len(found) ** 0.5, len(found), *others)
-
-
-def judge(d: Difference, expected: str) -> str:
-    """Return what the runs say of a claim that expects tie, better, worse or diverged."""
-    found = d.verdict()
-    if found == "not run" or found == expected:
-        return "confirmed" if found == expected else found
-    if found.startswith("diverged"):
-        return f"confirmed: {found}" if expected in ("diverged", "worse") else f"contradicted: {found}"
-    if (expected, found) == ("diverged", "worse"):
-        return "worse, but not diverged in these runs"
-    if expected == "tie" and abs(d.mean) - d.half <= TIE or found in ("tie", "not decided"):
-        return f"not decidable here: {abs(d.mean) + d.half:.3f} at most"
-    return "contradicted"
-
 
 def train_config(config: SweepConfig, name: str) -> TrainConfig:
     """Return the config of a row's first run."""
@@ -476,48 +389,6 @@ def report(config: SweepConfig) -> None:
     draw(done, out / "curves.png")
     draw_probe(rows, out / "probe.png")
     print("\n".join(lines) + f"\n\nwrote {out}/table.md, table.csv, curves.png and probe.png")
-
-
-def draw(done: dict, path: Path) -> None:
-    """Draw validation loss by tokens, the mean over seeds, a column of panels per kind of operand; below, the end."""
-    figure, panels = new_figure(2, len(PANELS), size=(22, 9))
-    for (title, names), (whole, end) in zip(PANELS.items(), panels.T, strict=True):
-        late = []
-        for name in ["E0", *names.split()]:
-            runs = [line["val_loss"] for (row, _), line in done.items() if row == name]
-            points = list(zip(*runs, strict=False))  # as far as all seeds came
-            if points:
-                x = [p[0][1] / 1e6 for p in points]
-                y = [statistics.mean(v for *_, v in p) for p in points]
-                style = dict(color="black", lw=2, zorder=3) if name == "E0" else {}
-                for panel in (whole, end):
-                    panel.plot(x, y, label=name, **style)
-                late += [v for v in y[len(y) // 2:]]
-        high = min(sorted(late)[len(late) * 9 // 10] + 0.02, min(late) + 0.5)
-        end.set(ylim=(min(late) - 0.02, high),
-                xlabel="million tokens")
-        whole.set(title=title)
-        whole.legend()
-    for panel in panels[:, 0]:
-        panel.set_ylabel("validation loss, nats per token")
-    figure.savefig(path, dpi=80)
-
-
-def draw_probe(rows: list[dict], path: Path) -> None:
-    """Draw what one checkpoint said against what training said, by the measure that suits the kind of a row."""
-    figure, panels = new_figure(1, 3, size=(16, 5))
-    measures = {"loss": "change of the loss, nats", "bias": "bias of the gradient", "update": "error of Adam's update"}
-    for panel, (key, unit) in zip(panels[0], measures.items(), strict=True):
-        for row in rows:
-            x, y = float(row[f"probe_{key}"] or 0), row["diff_to_E0_mean"]
-            if x > 1e-9 and y is not None:
-                half = row["diff_to_E0_ci"]
-                half = 0.0 if half in (None, math.inf) else half
-                panel.errorbar(x, y, half, fmt="o", ms=3, color="tab:blue", alpha=0.6)
-                panel.annotate(row["id"], (x, y), fontsize=7)
-        panel.set(xscale="log", yscale="symlog", xlabel=f"one checkpoint: {unit}")
-    panels[0][0].set_ylabel("training: validation loss - E0's, nats per token")
-    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

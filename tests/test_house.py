@@ -15,7 +15,7 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuff
 LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"support.checks"},
           {"quant", "prepare_data"}, {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"},
           {"support.huggingface"}, {"support.presets", "support.codes", "extensions"}, {"eval"}, {"train"},
-          {"bench", "probe"}, {"analyze"}, {"sweep"}]
+          {"bench", "probe"}, {"analyze"}, {"verdicts"}, {"sweep"}]
 
 
 def imports(path):

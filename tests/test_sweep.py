@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import extensions
 import sweep
+import verdicts
 from support.config import flatten, parse
 from support.presets import PRESETS
 from train import TrainConfig
@@ -36,7 +37,7 @@ def test_rows_are_configs_and_differ():
         config.resolve()
         assert beta2 not in dict(config.runs()) and len(dict(config.runs())) == len(sweep.ROWS) - 2
         parse(TrainConfig, sweep.command(config, "C1", 7)[1:], PRESETS)
-    assert {name for names in sweep.PANELS.values() for name in names.split()} <= sweep.ROWS.keys()
+    assert {name for names in verdicts.PANELS.values() for name in names.split()} <= sweep.ROWS.keys()
 
 
 def line(row, seed, loss, status="finished"):
@@ -47,7 +48,7 @@ def line(row, seed, loss, status="finished"):
 
 def test_quantiles_of_t():
     """Student's density, integrated numerically, has 95 % between -q and q."""
-    for n, q in sweep.T95.items():
+    for n, q in verdicts.T95.items():
         x = np.linspace(-q, q, 200_001)
         constant = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
         assert np.trapezoid(constant * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.95, abs=6e-5)
@@ -57,13 +58,13 @@ def test_differences_are_within_seeds():
     """Means are of the differences within seeds, the spread is that of all rows near E0; what is missing drops out."""
     losses = {"E0": (1.0, 1.2, 1.4, 9.0), "C1": (1.011, 1.209, 1.410), "W2": (1.02, 1.24), "A4": (1.5, 9.9)}
     done = {(row, s): line(row, s, x) for row, values in losses.items() for s, x in enumerate(values)}
-    d, spread = sweep.compare(done, "C1", "E0"), ((2 * 0.001**2 + 2 * 0.01**2) / 3) ** 0.5  # A4 is far away
-    assert d.mean == pytest.approx(0.01) and d[2:] == (3, 0, 0) and sweep.chaos(done) == (pytest.approx(spread), 3)
+    d, spread = verdicts.compare(done, "C1", "E0"), ((2 * 0.001**2 + 2 * 0.01**2) / 3) ** 0.5  # A4 is far away
+    assert d.mean == pytest.approx(0.01) and d[2:] == (3, 0, 0) and verdicts.chaos(done) == (pytest.approx(spread), 3)
     assert d.half == pytest.approx(3.182 * spread / math.sqrt(3))
-    assert sweep.compare(done, "A4", "E0").half == pytest.approx(12.706 * 8.2 / 2)  # its own spread, of .5 and 8.7
+    assert verdicts.compare(done, "A4", "E0").half == pytest.approx(12.706 * 8.2 / 2)  # its own spread, of .5 and 8.7
     done["C1", 1] = line("C1", 1, 1.3, "diverged")
-    assert sweep.compare(done, "C1", "E0")[2:] == (2, 1, 0) and math.isnan(sweep.final(done["C1", 1]))
-    assert sweep.compare(done, "W2", "C1")[2:] == (1, 0, 1)
+    assert verdicts.compare(done, "C1", "E0")[2:] == (2, 1, 0) and math.isnan(verdicts.final(done["C1", 1]))
+    assert verdicts.compare(done, "W2", "C1")[2:] == (1, 0, 1)
 
 
 @pytest.mark.parametrize("numbers, verdict, judged", [
@@ -80,10 +81,10 @@ def test_differences_are_within_seeds():
     ((math.nan, math.inf, 0, 0, 0), "not run", {"tie": "not run"})])
 def test_verdicts(numbers, verdict, judged):
     """A claim is confirmed or contradicted by what the interval excludes, else it stays open."""
-    d = sweep.Difference(*numbers)
+    d = verdicts.Difference(*numbers)
     assert d.verdict() == verdict
     for expected, words in judged.items():
-        assert sweep.judge(d, expected).startswith(words)
+        assert verdicts.judge(d, expected).startswith(words)
 
 
 def test_report(tmp_path, call):
