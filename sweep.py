@@ -121,8 +121,8 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
 with {chaos[1]} degrees of freedom (verdicts.py says how); below {tie} nats is no difference. Memory: one step,
-uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in runs.jsonl; runs
-share the machine with others, so tokens_per_s are lower bounds.
+uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in
+runs.jsonl; runs share the machine with others, so tokens_per_s are lower bounds.
 """
 ROWS |= {name: Row(f"--preset={name}") for name in extensions.PRESETS}  # further papers, one row a preset
 
