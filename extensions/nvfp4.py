@@ -18,7 +18,7 @@ sums stay in high precision; late in the run everything may, or the forward GEMM
 Simulated exactly: bfloat16 holds q * scale, and quant.gemm multiplies the very operands of FP4 units. Real: what waits
 for backward is packed, 0.5625 bytes an activation, and a GPU with FP4 units (Blackwell) is given packed operands
 everywhere; none has run this yet. All tokens of a micro-batch share the outer scale: evaluation goes window by window,
-and each of several processes has scales and noise of its own. TransformerEngine and torchao agree on the format bit for
+each micro-batch has scales, each process noise of its own. TransformerEngine and torchao agree on the format bit for
 bit; "ours" marks departures.
 """
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import column, read, same
+from test_train import one_and_two
 
 import eval as evaluation
 from extensions import gaussws
@@ -138,6 +139,12 @@ def test_run(run, call, tmp_path):
     pytest.importorskip("safetensors")
     assert call(evaluation.main, f"--ckpt={tmp_path}/whole", f"--export={tmp_path}/hf")[0] == 0
     assert run(tmp_path / "on", f"--init_from={tmp_path}/hf", "--preset=gaussws-4", "--b_block=16")[0] == 0
+
+
+def test_two_processes(run, data, tmp_path):
+    """Two processes draw noise of their own from the first step on: an average of samples, near one process's."""
+    one, two = one_and_two(run, data, tmp_path, *FLAGS)
+    assert one[1] != pytest.approx(two[1], abs=1e-6) and one == pytest.approx(two, abs=5e-3)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import column, same
 from hypothesis import given
 from hypothesis import strategies as st
+from test_train import one_and_two
 
 import eval as evaluation
 import extensions
@@ -234,6 +235,14 @@ def test_a_run(switch, run, call, tmp_path):
         assert (on[1].splitlines()[1] == off[1].splitlines()[1]) == (name == "whole")
     pytest.importorskip("safetensors")
     assert call(evaluation.main, f"--ckpt={tmp_path / 'never'}", f"--export={tmp_path / 'hf'}")[0] == 0
+
+
+@pytest.mark.parametrize("preset, apart", [("nvfp4-nosr", 1e-5), ("nvfp4", 3e-3)])
+def test_two_processes(preset, apart, run, data, tmp_path):
+    """Micro-batches have outer scales of their own, in one process or two; only stochastic rounding's noise differs."""
+    one, two = one_and_two(run, data, tmp_path, f"--preset=tiny,{preset}", "--spare=0")
+    assert one == pytest.approx(two, abs=apart)
+    assert (preset == "nvfp4-nosr") == (one == pytest.approx(two, abs=1e-5))
 
 
 @pytest.mark.parametrize("flags, message", [
