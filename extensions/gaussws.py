@@ -138,9 +138,6 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
     """Let the linears of the blocks sample their weights; lm_head and embeddings stay as they are."""
     if not config.gaussws:
         return linear
-    if flat.get("wbits", 32) < 32:
-        raise ValueError(f"--gaussws with --wbits={flat['wbits']}: noise stands for rounding; "
-                         "drop one")
     if flat.get("skip_blocks"):
         raise ValueError("--skip_blocks has no effect on weights that --gaussws samples; drop one")
     dtype = getattr(torch, flat.get("dtype") or "float32")
@@ -149,6 +146,8 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
         layer = linear(name, in_features, out_features, bias)
         if name == "lm_head":
             return layer
+        if layer.recipe and layer.recipe.output_weight:
+            raise ValueError("--gaussws with --wbits or --nvfp4: noise stands for rounding; drop one")
         if layer.reparam is not None:
             raise ValueError("--gaussws with another extension that changes the weights; drop one")
         for size in (in_features, out_features):

@@ -67,12 +67,11 @@ def linears(config: Config, flat: dict, linear: Linear) -> Linear:
         return linear
     if flat.get("skip_blocks"):
         raise ValueError("--skip_blocks has no effect on the weights of --lsq_bits; drop one")
-    if flat.get("wbits", 32) < 32:
-        raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits={flat['wbits']} rounds the weights "
-                         "twice; drop one")
 
     def with_step(name: str, in_features: int, out_features: int, bias: bool) -> QuantLinear:
         layer = linear(name, in_features, out_features, bias)  # as the core makes it
+        if layer.recipe and layer.recipe.output_weight:
+            raise ValueError(f"--lsq_bits={config.lsq_bits} with --wbits or --nvfp4 rounds the weights twice; drop one")
         if name != "lm_head":
             layer.reparam = LearnedStep(layer.weight, config.lsq_bits, config.lsq_lr)
         return layer

@@ -1,8 +1,8 @@
-"""Which bits does one checkpoint forgive? python results/best_probe.py DATA RUN [RUN ...] (out_dirs of unquantized runs).
+"""Which bits does one checkpoint forgive? python results/best_probe.py DATA RUN [RUN ...]; RUN: unquantized
 
-For weights alone and activations alone, at 8 to 3 bits and several granularities: change of the validation loss in nats,
-mean over the runs (96 windows each); for gradients: bias and error of the gradient (probe.py defines them). The first
-step of the search for the preset `best`; the second is training.
+For weights alone and activations alone, at 8 to 3 bits and several granularities: change of the validation loss in
+nats, mean over the runs (96 windows each); for gradients: bias and error of the gradient (probe.py defines them). The
+first step of the search for the preset `best`; the second is training.
 """
 
 import statistics

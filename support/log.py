@@ -63,6 +63,12 @@ class Log:
                         disable=not (main and sys.stderr.isatty()))
         if not main:
             return
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+            self.wandb = wandb.init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
         path, fresh = Path(config.out_dir, "log.jsonl"), Path(config.out_dir, "log.jsonl.tmp")
         old = read_log(path) if config.resume and path.exists() else []
         # What a killed run logged after its checkpoint will be logged again.
@@ -70,12 +76,6 @@ class Log:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(fresh, path)
         self.file = open(path, "a")  # noqa: SIM115 (open for the whole run)
-        if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
-            self.wandb = wandb.init(project="nanoqpt", config=flatten(config), dir=config.out_dir)
 
     def write(self, **values) -> None:
         """Append one JSON object, at once, and send it to Weights & Biases."""

@@ -51,7 +51,7 @@ def test_a_run_learns_its_steps(run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lsq_bits=4", "--wbits=8"], "--lsq_bits=4 with --wbits=8 rounds the weights twice"),
+    (["--lsq_bits=4", "--wbits=8"], "--lsq_bits=4 with --wbits or --nvfp4 rounds the weights twice"),
     (["--lsq_bits=9"], "--lsq_bits=9 must be 2 to 8"), (["--lsq_lr=2"], "--lsq_lr=2.0 has no effect")])
 def test_bad_flags(flags, message, run, tmp_path):
     code, _, err = run(tmp_path / "a", *flags)

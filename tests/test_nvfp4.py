@@ -247,7 +247,9 @@ def test_two_processes(preset, apart, run, data, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--wbits=8"], "--nvfp4 with --wbits=8 rounds twice"), (["--gbits=8"], "--nvfp4 with --gbits=8 rounds twice"),
-    (["--gemm=int8"], "--gemm=int8 has no effect"), (["--quant_head"], "--quant_head=True has no effect"),
+    (["--spare=0", "--lsq_bits=4"], "--lsq_bits=4 with --wbits or --nvfp4 rounds the weights twice"),
+    (["--spare=0", "--gaussws"], "noise stands for rounding"), (["--gemm=int8"], "--gemm=int8 has no effect"),
+    (["--quant_head"], "--quant_head=True has no effect"),
     (["--nvfp4=False", "--rht=0"], "--rht=0 has no effect without --nvfp4"),
     (["--switch=forward"], "--switch=forward has no effect without --switch_iter"),
     (["--sr=none", "--sr_room=1.5"], "--sr_room=1.5 has no effect with --sr=none"),
