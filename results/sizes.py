@@ -1,0 +1,66 @@
+"""Does a recipe's loss grow with the model? python results/sizes.py FOLDER FOLDER [...], of sweep.py, one a size.
+
+Takes every row that ran in all of the folders; writes results/sizes.csv and results/sizes.png, and prints the table:
+difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. The last column is the
+exponent k of |difference| ~ parameters**k and the range of it over 2,000 draws from the intervals; the prediction at
+124M parameters follows from the fit and is a prediction, not a measurement.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from analyze import new_figure, write_csv  # noqa: E402
+from support.log import read_log  # noqa: E402
+from verdicts import compare  # noqa: E402
+
+TARGET = 124e6  # parameters of GPT-2
+
+
+def read(folder: str) -> tuple[int, dict]:
+    """Return the parameters of a folder's models and its runs."""
+    lines = [line for line in read_log(Path(folder, "runs.jsonl")) if "row" in line]
+    return lines[-1]["parameters"], {(line["row"], line["seed"]): line for line in lines}
+
+
+def fit(sizes: np.ndarray, means: np.ndarray, halves: np.ndarray) -> dict[str, float]:
+    """Return exponent and prediction of a power law through the means, with 95 % of 2,000 draws around them."""
+    draws = np.random.default_rng(0).normal(means, halves / 2, (2000, len(means)))
+    draws = np.vstack((means, draws))
+    draws = draws[(draws > 0).all(1)]  # a law of growth needs a loss that is above zero at every size
+    if len(draws) < 1800 or (means <= 0).any():
+        return dict.fromkeys(("k", "k_low", "k_high", "at_124M", "low", "high"), math.nan)
+    k, c = np.polyfit(np.log(sizes), np.log(draws.T), 1)  # one column a draw
+    at = np.exp(c + k * np.log(TARGET))
+    (k_low, k_high), (low, high) = (np.percentile(v[1:], (2.5, 97.5)) for v in (k, at))
+    return {"k": k[0], "k_low": k_low, "k_high": k_high, "at_124M": at[0], "low": low, "high": high}
+
+
+if __name__ == "__main__":
+    found = sorted(map(read, sys.argv[1:]), key=lambda pair: pair[0])
+    sizes = np.array([n for n, _ in found], float)
+    names = [name for name in dict.fromkeys(row for row, _ in found[-1][1]) if name != "E0"
+             and all(compare(done, name, "E0").pairs for _, done in found)]
+    rows, (figure, panels) = [], new_figure(1, 1, size=(8, 5))
+    print("| row | " + " | ".join(f"{n:,.0f}" for n in sizes) + " | k | at 124M |\n" + "|---" * (len(sizes) + 3) + "|")
+    for name in names:
+        ds = [compare(done, name, "E0") for _, done in found]
+        means, halves = (np.array([getattr(d, key) for d in ds]) for key in ("mean", "half"))
+        law = fit(sizes, means, halves)
+        rows.append({"row": name, **{f"{key} {n:.0f}": v for n, m, h in zip(sizes, means, halves, strict=True)
+                                     for key, v in (("mean", m), ("half", h))}, **law})
+        panels[0][0].errorbar(sizes, means, halves, fmt="o-", capsize=3, label=name)
+        cells = [f"{m:+.4f} +- {h:.4f}" for m, h in zip(means, halves, strict=True)]
+        said = ["not above 0", ""] if math.isnan(law["k"]) else [
+            f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
+            f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]
+        print(f"| {name} | " + " | ".join(cells + said) + " |")
+    panels[0][0].set(xscale="log", xlabel="parameters (20 tokens for each)",
+                     ylabel="validation loss - E0's, nats per token")
+    panels[0][0].legend()
+    figure.savefig(ROOT / "results/sizes.png", dpi=100)
+    write_csv(rows, ROOT / "results/sizes.csv")
