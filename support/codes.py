@@ -117,14 +117,15 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     return torch.from_numpy(two_bytes.view(">u2").astype(np.int64).reshape(n))
 
 
-def huffman(codes: Tensor) -> Tensor:
-    """Compress codes (n,), 0 to 255: uint8, a zlib stream of Huffman codes and their tables, nothing else."""
-    stream = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    data = stream.compress(codes.cpu().to(torch.uint8).numpy()) + stream.flush()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def huffman(parts: list[Tensor]) -> Tensor:
+    """Compress codes, 0 to 255, (n,) of each part: uint8, one zlib stream of Huffman codes, new ones for each part."""
+    stream, data = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY), bytearray()
+    for codes in parts:
+        data += stream.compress(codes.cpu().to(torch.uint8).numpy()) + stream.flush(zlib.Z_BLOCK)
+    return torch.frombuffer(data + stream.flush(), dtype=torch.uint8)
 
 
 def unhuffman(stream: Tensor) -> Tensor:
-    """Return the codes, int64 (n,), that `huffman` has compressed."""
+    """Return the codes of all parts, int64, that `huffman` has compressed."""
     data = bytearray(zlib.decompress(stream.cpu().numpy()))
     return torch.frombuffer(data, dtype=torch.uint8).long()
