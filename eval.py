@@ -182,12 +182,12 @@ def show(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
-def open_hf(path: Path) -> dict:
-    """Return what load_checkpoint would, for a folder in Hugging Face's layout."""
+def open_hf(path: Path, flag: str = "--hf") -> dict:
+    """Return what load_checkpoint would, for a folder in Hugging Face's layout, which `flag` names."""
     try:
         source = load_hf(path)
     except (ValueError, OSError) as error:
-        raise type(error)(str(error).replace("--init_from", "--hf")) from None
+        raise type(error)(str(error).replace("--init_from", flag)) from None
     flags = {"data_dir": DataConfig.data_dir, "eval_tokens": 0, "dtype": "float32"}
     return {**source, "config": flags | source["config"], "step": 0, "extensions": []}
 
@@ -203,8 +203,8 @@ def main() -> None:
             if config.ckpt.endswith(".safetensors") else load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]  # {flag: value} of the training run
         for name in set(checkpoint["extensions"]) - set(extensions.EXTENSIONS) if trained else ():
-            raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which is not here; "
-                             "--quantizers=off evaluates its weights without")
+            raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which eval.py does not know; "
+                             "evaluate what that program wrote for it, or --quantizers=off: the weights without")
         used = flat if trained else {"n_layer": flat["n_layer"], **recipe_flags(config.recipe)}
         dtype = config.dtype or flat["dtype"]
 

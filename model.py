@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -106,18 +106,26 @@ def _rows(q: Tensor | tuple, start: int, stop: int) -> Tensor | Quantized:
     return Quantized(q.codes[start:stop], *cut)
 
 
+class Teacher(NamedTuple):
+    """What another model says of the same tokens, and how much that counts: see linear_cross_entropy."""
+    x: Tensor | None = None  # (M, C'), its last hidden states, in the compute dtype; any width C'
+    w: Tensor | None = None  # (V, C'), its head
+    temperature: float = 1.0
+    soft: float = 0.0  # share in the loss, 0 to 1
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     # Forward has the softmax of each chunk at hand and computes the gradients right there: keeping
     # the logits for backward costs (M, V) numbers, recomputing them a GEMM. Seen in Liger Kernel.
     @staticmethod
-    def forward(ctx, x, w, targets, vocab_size, recipe, needs_grad):
+    def forward(ctx, x, w, targets, vocab_size, recipe, needs_grad, *teacher):
         # (1) operands x (M, C) and w (V, C), rounded once for all chunks
         recipe = recipe or Recipe()
         if recipe.backward == "early":  # nothing waits for backward here: the same as "fp"
             recipe = replace(recipe, backward="fp")
         qx, qw = round_operand(recipe.output_input, x), round_operand(recipe.output_weight, w)
         kx, kw = (qx, qw) if recipe.backward == "ste" else (x, w)  # what the backward GEMMs use
-        tokens = torch.arange(len(w), device=w.device)  # (V,)
+        tokens, teacher = torch.arange(len(w), device=w.device), Teacher(*teacher)  # (V,)
         valid = targets >= 0  # (M,)
         scale = 1.0 / valid.sum().clamp_min(1)  # of a mean over the valid targets
         # (2) chunks of m tokens, whole blocks where the gradient shares scales along the tokens
@@ -131,13 +139,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             t, v = targets[start:stop].clamp_min(0), valid[start:stop]  # (m,)
             # (3) loss of a chunk: logsumexp minus the target's logit
             logits = (recipe.engine or gemm)(_rows(qx, start, stop), qw, x.dtype)  # (m, V)
-            logits = logits.float().masked_fill(tokens >= vocab_size, -math.inf)  # fp32; no padding
+            padding = tokens >= vocab_size  # (V,)
+            logits = logits.float().masked_fill(padding, -math.inf)  # fp32; no padding
             lse = logits.logsumexp(1)  # (m,)
-            loss = loss + ((lse - logits.gather(1, t[:, None])[:, 0]) * v).sum()
+            nll = lse - logits.gather(1, t[:, None])[:, 0]  # (m,)
+            if teacher.x is not None:  # KL(p || q) at a temperature, p the teacher's and q the student's
+                _, _, heat, soft = teacher
+                y = gemm(teacher.x[start:stop], teacher.w, x.dtype).float()  # (m, V)
+                y = y.masked_fill(padding, -math.inf)
+                log_p, log_q = F.log_softmax(y / heat, 1), F.log_softmax(logits / heat, 1)
+                kl = (log_p.exp() * (log_p - log_q).masked_fill(padding, 0.0)).sum(1)  # (m,)
+                nll = soft * heat**2 * kl + (1 - soft) * nll
+            loss = loss + (nll * v).sum()
             # (4) its gradients: dloss/dlogits = softmax - one_hot, then the two GEMMs of backward
             if needs_grad:
                 one_hot = tokens == t[:, None]  # (m, V), never stored when compiled
-                g = ((logits - lse[:, None]).exp() - one_hot.float()) * (v * scale)[:, None]
+                g = (logits - lse[:, None]).exp() - one_hot.float()
+                if teacher.x is not None:
+                    g = soft * heat * (log_q.exp() - log_p.exp()) + (1 - soft) * g
+                g = g * (v * scale)[:, None]
                 dx, part = linear_backward(g.to(x.dtype), _rows(kx, start, stop), kw, recipe)
                 dxs.append(dx)  # (m, C)
                 dw = part.float() if dw is None else dw + part.float()  # (V, C), summed in fp32
@@ -148,18 +168,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors  # of the mean loss: all that is left is the chain rule
-        return dx * g, dw * g, None, None, None, None
+        return dx * g, dw * g, *[None] * 8
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
-                         recipe: Recipe | None = None) -> Tensor:
+                         recipe: Recipe | None = None, teacher: Teacher | None = None) -> Tensor:
     """Return mean cross-entropy of the logits x @ w.T, in nats per target.
 
+    With a teacher, y its logits and z ours: soft T^2 KL(softmax(y / T) || softmax(z / T)) + (1 - soft) cross-entropy.
     Args:
         x: (M, C) in the compute dtype.  w: (V, C), fp32; rows from vocab_size on are padding and get no probability.
         targets: (M,) int64, negative ones ignored.  recipe: rounds the head's operands, the gradient chunk by chunk.
     """
-    return _LinearCrossEntropy.apply(x, w, targets, vocab_size, recipe, torch.is_grad_enabled())
+    needs_grad, teacher = torch.is_grad_enabled(), teacher or Teacher()
+    return _LinearCrossEntropy.apply(x, w, targets, vocab_size, recipe, needs_grad, *teacher)
 
 
 # -----------------------------------------------------------------------------
@@ -298,14 +320,15 @@ class GPT(nn.Module):
             x = block(x, past)
         return self.ln_f(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, teacher: Teacher | None = None) -> Tensor:
         """Return the mean loss in nats per token for targets (B, T), negative ones ignored; else logits (B, T, V)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
         head = self.lm_head
         w, recipe = (head.used_weight(), head.recipe) if isinstance(head, QuantLinear) else (head.weight, None)
-        return linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), self.vocab_size, recipe)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(x, w, targets, self.vocab_size, recipe, teacher)
 
     def next_logits(self, idx: Tensor, cache: list[list] | None = None) -> Tensor:
         """Return the fp32 logits (B, vocab_size) of what follows idx (B, T); a cache, see `hidden`, saves the past."""

@@ -3,12 +3,15 @@
 Of each linear layer with 8-bit integer weights the file has the very codes and scales that its GEMMs multiplied, a byte
 an element instead of four: NAME.weight.codes, int8 (N, K), and NAME.weight.scale, fp32. All else is fp32. The metadata
 hold the flags of the run, so that activations are quantized as they were; the loss is the same to the last bit.
+For other files of codes there are `pack_bits`, 1 to 16 bits each, and `huffman`.
 """
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,3 +99,33 @@ def with_codes(linear: Linear, codes: dict[str, tuple[Tensor, Tensor]]) -> Linea
             layer.reparam = None  # the codes are of what it made of the weight
         return layer
     return stored
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (n,), whole numbers from 0 to 2^bits - 1, one behind the other: uint8, (n bits / 8, rounded up).
+
+    The highest bit comes first. Args: bits: 1 to 16. Example: 5 and 2 in 3 bits: 101 010 and two zeros, the byte 168.
+    """
+    two_bytes = codes.cpu().numpy().astype(">u2").view(np.uint8).reshape(-1, 2)
+    return torch.from_numpy(np.packbits(np.unpackbits(two_bytes, axis=1)[:, 16 - bits:]))
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Return the n codes, int64 (n,), that `pack_bits` has packed."""
+    each = np.unpackbits(packed.cpu().numpy(), count=n * bits).reshape(n, bits)
+    two_bytes = np.packbits(np.pad(each, ((0, 0), (16 - bits, 0))), axis=1)  # (n, 2)
+    return torch.from_numpy(two_bytes.view(">u2").astype(np.int64).reshape(n))
+
+
+def huffman(parts: list[Tensor]) -> Tensor:
+    """Compress codes, 0 to 255, (n,) of each part: uint8, one zlib stream of Huffman codes, new ones for each part."""
+    stream, data = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY), bytearray()
+    for codes in parts:
+        data += stream.compress(codes.cpu().to(torch.uint8).numpy()) + stream.flush(zlib.Z_BLOCK)
+    return torch.frombuffer(data + stream.flush(), dtype=torch.uint8)
+
+
+def unhuffman(stream: Tensor) -> Tensor:
+    """Return the codes of all parts, int64, that `huffman` has compressed."""
+    data = bytearray(zlib.decompress(stream.cpu().numpy()))
+    return torch.frombuffer(data, dtype=torch.uint8).long()
