@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,3 +97,19 @@ def with_codes(linear: Linear, codes: dict[str, tuple[Tensor, Tensor]]) -> Linea
             layer.reparam = None  # the codes are of what it made of the weight
         return layer
     return stored
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (n,), whole numbers from 0 to 2^bits - 1, one behind the other: uint8, (n bits / 8, rounded up).
+
+    The highest bit comes first. Args: bits: 1 to 16. Example: 5 and 2 in 3 bits: 101 010 and two zeros, the byte 168.
+    """
+    two_bytes = codes.cpu().numpy().astype(">u2").view(np.uint8).reshape(-1, 2)
+    return torch.from_numpy(np.packbits(np.unpackbits(two_bytes, axis=1)[:, 16 - bits:]))
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Return the n codes, int64 (n,), that `pack_bits` has packed."""
+    each = np.unpackbits(packed.cpu().numpy(), count=n * bits).reshape(n, bits)
+    two_bytes = np.packbits(np.pad(each, ((0, 0), (16 - bits, 0))), axis=1)  # (n, 2)
+    return torch.from_numpy(two_bytes.view(">u2").astype(np.int64).reshape(n))
