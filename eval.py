@@ -203,8 +203,8 @@ def main() -> None:
             if config.ckpt.endswith(".safetensors") else load_checkpoint(Path(config.ckpt))
         flat = checkpoint["config"]  # {flag: value} of the training run
         for name in set(checkpoint["extensions"]) - set(extensions.EXTENSIONS) if trained else ():
-            raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which is not here; "
-                             "--quantizers=off evaluates its weights without")
+            raise ValueError(f"{config.ckpt} was trained with extensions/{name}.py, which eval.py does not know; "
+                             "evaluate what that program wrote for it, or --quantizers=off: the weights without")
         used = flat if trained else {"n_layer": flat["n_layer"], **recipe_flags(config.recipe)}
         dtype = config.dtype or flat["dtype"]
 
@@ -222,6 +222,7 @@ def main() -> None:
         if config.export:
             files = export_hf(model, Path(config.export), flat)
             note = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
+            note += "; zeros for what was pruned: no smaller" if model.config.heads or model.config.hidden else ""
             return print(f"wrote {config.export}: {', '.join(files)}{note}")
         device = choose_device(config.device)
         model.to(device)

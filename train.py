@@ -152,6 +152,8 @@ class Batches:
 
 class Run:
     """One training run. The first seven methods are what another program overrides to train something else."""
+    needs = ()  # names of extensions whose layers make_model adds: without them a checkpoint is another model
+
     def make_model(self) -> GPT:
         """Build the GPT on the CPU, with the weights of a checkpoint or a Hugging Face folder if there are any."""
         source, size, name = self.source, self.meta["vocab_size"], self.config.init_from
@@ -317,7 +319,7 @@ class Run:
                      "vocab_size": self.raw.vocab_size, "step": self.step, "best": self.best,
                      "evaluated": self.evaluated, "model": self.raw.state_dict(),
                      "optimizer": self.optimizer.state_dict(), "extra": self.extra_state(),
-                     "extensions": extensions.active(self.flat)}
+                     "extensions": [*extensions.active(self.flat), *self.needs]}
             for name in ("ckpt_best.pt", "ckpt.pt") if best else ("ckpt.pt",):
                 save_checkpoint(Path(self.config.out_dir, name), state)
         self.processes.after_main(work)  # written once

@@ -193,7 +193,7 @@ def test_what_a_model_must_find(run, call, tmp_path, monkeypatch):
     assert code == 2 and "h.0.mlp.c_fc.reparam.gain is missing" in err
     monkeypatch.delitem(extensions.EXTENSIONS, "stranger")
     code, _, err = call(evaluation.main, f"--ckpt={tmp_path}")
-    assert code == 2 and "was trained with extensions/stranger.py, which is not here" in err
+    assert code == 2 and "was trained with extensions/stranger.py, which eval.py does not know" in err
     assert call(evaluation.main, f"--ckpt={tmp_path}", "--quantizers=off", "--sample_tokens=0")[0] == 0
 
 
