@@ -184,3 +184,16 @@ def cut(state: dict[str, Tensor], groups: list[Groups]) -> dict[str, Tensor]:
             left = index[~g.dead].flatten().sort().values.to(state[name].device)
             state[name] = state[name].index_select(axis, left)
     return state
+
+
+@torch.no_grad()
+def compress(model: GPT, groups: dict[str, list[Groups]]) -> GPT:
+    """Return a plain GPT of the same function: without the dead groups, its weights as their grids round them."""
+    state = {name: t for name, t in model.state_dict().items() if ".reparam." not in name}
+    state |= {f"{name}.weight": layer.used_weight() for name, layer in model.named_modules()
+              if getattr(layer, "reparam", None) is not None}
+    left = {kind: tuple(int((~g.dead).sum()) for g in blocks) for kind, blocks in groups.items()}
+    config = replace(model.config, **left)
+    small = GPT(config, model.vocab_size, quant_linears(QuantConfig(), config.n_layer), model.dtype)
+    small.load_state_dict(cut(state, sum(groups.values(), [])))
+    return small.to(model.wte.weight.device)

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extensions.groups import cut, find_groups, gpt_groups, lowest, measures, saliency
-from model import GPTConfig
+from extensions.grid import LearnedGrid
+from extensions.groups import compress, cut, find_groups, gpt_groups, lowest, measures, saliency
+from model import GPT, GPTConfig, quant_linears
+from quant import QuantConfig
 
 
 def written(config):
@@ -126,3 +128,40 @@ def test_saliency():
     norms = by_hand.square().sum(1).sqrt()
     torch.testing.assert_close(saliency(measures(x, v)), sum(by_hand[i] / norms[i] for i in range(5)) / 5)
     assert torch.equal(measures(torch.zeros(2, 3), torch.zeros(2, 3))[2], torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("shape", [{}, dict(bias=False), dict(heads=(2, 3), hidden=(45, 128), untied_head=True)])
+def test_masked_is_compressed(shape, dtype, error):
+    """Random masks and bits, garbage in dead columns: the same logits, and fewer parameters by the predicted count."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = GPT(GPTConfig(2, 4, 32, 16, **shape), 50, quant_linears(QuantConfig(), 2), dtype).eval()
+        groups, weights = gpt_groups(model.config, 50), dict(model.named_parameters())
+        predicted = 0
+        for kind, blocks in groups.items():
+            for g in blocks:
+                g.dead = torch.rand(len(g.dead)) < 0.5
+                g.dead[0] = False
+                predicted += int(g.dead.sum()) * (3 * 8 * (32 + model.config.bias) + 8 * 32 if kind == "heads"
+                                                  else 32 + model.config.bias + 32)
+        with torch.no_grad():
+            for p in weights.values():
+                p.add_(torch.randn_like(p) * 0.1)
+            for g in (g for blocks in groups.values() for g in blocks):
+                for (name, axis), index in g.places.items():
+                    which = index[g.dead].flatten()
+                    weights[name].index_fill_(axis, which, 0.0 if axis == 0 else 1e3)
+            for name, layer in model.named_modules():
+                if name.startswith("h.") and isinstance(layer, torch.nn.Linear):
+                    layer.reparam = LearnedGrid(layer.weight.clamp(-1, 1), 1.0)
+                    layer.reparam.project(*[float(torch.randint(2, 9, ()))] * 2)
+            small, idx = compress(model, groups).eval(), torch.randint(50, (2, 16))
+            masked, cut = model(idx), small(idx)
+        assert (masked - cut).abs().max() <= error * masked.abs().max() and masked.std() > 0.1
+        assert sum(p.numel() for p in weights.values()) - sum(p.numel() for p in small.parameters()) == predicted > 0
+        assert all(".reparam" not in name for name in small.state_dict())
+    finally:
+        torch.set_default_dtype(before)
