@@ -222,6 +222,7 @@ def main() -> None:
         if config.export:
             files = export_hf(model, Path(config.export), flat)
             note = "" if "vocab.json" in files else "; no tokenizer, transformers has none for these tokens"
+            note += "; zeros for what was pruned: no smaller" if model.config.heads or model.config.hidden else ""
             return print(f"wrote {config.export}: {', '.join(files)}{note}")
         device = choose_device(config.device)
         model.to(device)

@@ -12,8 +12,8 @@ An extension is a module with any of
 
 `config` is its own Config or EvalConfig, `flat` all flags of the run {name: value}, as a checkpoint keeps them; `alone`
 says that tokens share scales (batches would change the result), `meta` what is known of the model. What needs more is a
-program of its own on train.Run. train.py, eval.py, bench.py and analyze.py call the functions below, and nothing else
-here.
+program of its own on train.Run, as distill.py and prune.py, and not in the list. train.py, eval.py, bench.py and
+analyze.py call the functions below, and nothing else here.
 """
 
 from dataclasses import field, make_dataclass

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from conftest import column
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eval as evaluation
 import extensions
 from support.checkpoint import load_checkpoint, model_from
-from support.codes import load_codes, with_codes
+from support.codes import load_codes, pack_bits, unpack_bits, with_codes
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -53,3 +55,15 @@ def test_refused(run, call, tmp_path):
         file.write_bytes(data)
         code, out, err = call(evaluation.main, f"--ckpt={file}")
         assert code == 2 and "is damaged, or not written by eval.py --export" in err and err.count("\n") == 1
+
+
+@given(bits=st.integers(1, 16), data=st.data())
+def test_packed_bits(bits, data):
+    """Any codes of 1 to 16 bits: as many bits as that, in whole bytes, and back without loss; as Python spells them."""
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=0, max_size=20))
+    packed = pack_bits(torch.tensor(codes, dtype=torch.int64), bits)
+    text = "".join(f"{code:0{bits}b}" for code in codes)
+    text += "0" * (-len(text) % 8)
+    assert packed.tolist() == [int(text[i:i + 8], 2) for i in range(0, len(text), 8)] and packed.dtype == torch.uint8
+    assert unpack_bits(packed, bits, len(codes)).tolist() == codes
+    assert pack_bits(torch.tensor([5, 2]), 3).tolist() == [168]
