@@ -1,0 +1,121 @@
+"""Smaller models, two papers: distillation into few-bit weights, and pruning with learned bits. Loss against bytes.
+
+    python results/smaller.py RUNS DATA             # make what is missing (about 25 minutes of one core a seed)
+    python results/smaller.py RUNS DATA --report    # table and figure of what there is
+
+RUNS: the out_dirs of sweep.py's row E0 at scale laptop, as results/laptop/runs; E0-1 is the teacher of all students,
+E0-SEED is what that seed's pruning begins with. Every run is an ordinary one of extensions.distill or extensions.prune,
+in results/smaller/runs/NAME-SEED; what it measured becomes a line of results/smaller/runs.jsonl, and is not run again.
+All students take 600 steps in all, all pruned models 500 after E0's 2,250.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from analyze import new_figure  # noqa: E402
+from support.log import read_log  # noqa: E402
+
+OUT, SEEDS = ROOT / "results/smaller", (1, 2, 3)
+ALL = "--compile=False --sample_tokens=0 --eval_interval=100"
+STUDENT = f"extensions.distill --preset=laptop-small {ALL} --warmup_iters=50"
+PRUNE = f"extensions.prune --init_from={{runs}}/E0-{{seed}} --learning_rate=4e-3 --min_lr=0 --warmup_iters=20 {ALL}"
+STAGES = "--stages=40,100,200,160"
+TEACHER, WARM = "--teacher={runs}/E0-1", "--init_from={out}/student-400-{seed} --learning_rate=8e-3 --max_iters=200"
+NAMES = {  # name: command behind `python -m`; in this order
+    "student, alone": f"{STUDENT} --soft=0 --max_iters=600",
+    "student": f"{STUDENT} {TEACHER} --max_iters=600",
+    "student-400": f"{STUDENT} {TEACHER} --max_iters=400",
+    **{f"uniform {s}": f"{STUDENT} {TEACHER} --max_iters=600 --method=uniform --levels={s}" for s in (16, 4)},
+    "uniform 4, alone": f"{STUDENT} --soft=0 --max_iters=600 --method=uniform --levels=4",
+    **{f"{method} {s}, warm": f"{STUDENT} {TEACHER} {WARM} --method={method} --levels={s}{lr}"
+       for method, lr in (("uniform", ""), ("points", " --learning_rate=1e-3")) for s in (16, 4)},
+    "w8a8": f"{STUDENT.replace('laptop-small', 'laptop-small,w8a8')} {TEACHER} --max_iters=600",
+    "dense": f"train {PRUNE.removeprefix('extensions.prune ')} --preset=laptop --max_iters=500",
+    **{f"joint {name}": f"{PRUNE} --preset=laptop {STAGES} {flags}" for name, flags in {
+        "0 %": "--sparsity=0", "30 %": "--sparsity=0.3", "50 %": "--sparsity=0.5", "70 %": "--sparsity=0.7",
+        "50 %, at once": "--sparsity=0.5 --forget=False", "50 %, magnitude": "--sparsity=0.5 --score=magnitude",
+        "50 %, random": "--sparsity=0.5 --score=random"}.items()},
+    "50 %, 16 bits": f"{PRUNE} --preset=laptop {STAGES} --sparsity=0.5 --score=magnitude --bits=16,16",
+}
+
+
+def folder(name: str, seed: int) -> Path:
+    """Return the out_dir of a run."""
+    return OUT / "runs" / f"{name.replace(' %', '').replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def measure(name: str, seed: int, runs: str, data: str) -> dict:
+    """Make a run, or what is left of it; return what it measured."""
+    out = folder(name, seed)
+    log = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []
+    if not log or log[-1].get("status") != "finished":
+        words = NAMES[name].format(runs=runs, seed=seed, out=OUT / "runs").split()
+        flags = {word.partition("=")[0]: word for word in words[1:]}  # the last of a flag counts
+        command = [sys.executable, "-m", words[0], *flags.values(), f"--seed={seed}", f"--data_dir={data}",
+                   f"--out_dir={out}", "--resume=auto"]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        log = read_log(out / "log.jsonl")
+    line = {"name": name, "seed": seed, "commit": log[0].get("commit"), "torch": log[0].get("torch"),
+            "val_loss": [x["val_loss"] for x in log if isinstance(x.get("val_loss"), float)][-1]}
+    more = [x.get("result", x) for x in log if "result" in x or "packed_bytes" in x]  # distill's, or prune's
+    line |= {k: v for x in more for k, v in x.items() if k not in ("val_loss", "step")}
+    losses = [x["val_loss"] for x in more if isinstance(x["val_loss"], dict)]
+    return line | ({"losses": losses[0]} if losses else {})
+
+
+def points(lines: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Return {what: [(bytes of the smallest file, val_loss), one a seed]} of the lines of runs.jsonl."""
+    found, sizes = {}, {}
+    for line in lines:
+        name, size = line["name"], line.get("bytes", {})
+        size = line.get("packed_bytes") or size.get("huffman.pt") or size.get("fp32")
+        found.setdefault(name, []).append((size, line["val_loss"]))
+        if name.startswith("uniform") and "alone" not in name and "warm" not in name:
+            sizes[name.split()[1]] = size  # what a student of so many levels takes
+    for line in (line for line in lines if line["name"] == "student"):
+        for how, loss in line["losses"].items():
+            s, k = (how.split(",")[i].split("=")[-1] for i in (0, -1))
+            if s in sizes:
+                name = f"student, rounded to {s}" + ("" if k == "256" else ", no buckets")
+                found.setdefault(name, []).append((sizes[s], loss))
+    return found
+
+
+def report(lines: list[dict]) -> None:
+    """Print the table: mean and standard deviation over seeds; draw loss against bytes."""
+    figure, panels = new_figure(1, 1, size=(9, 6))
+    print("| | seeds | val_loss | bytes |\n|---|---|---|---|")
+    for name, pairs in points(lines).items():
+        size, loss = (statistics.mean(v) for v in zip(*((a or 0, b) for a, b in pairs), strict=True))
+        spread = f" +- {statistics.stdev(b for _, b in pairs):.4f}" if len(pairs) > 1 else ""
+        print(f"| {name} | {len(pairs)} | {loss:.4f}{spread} | {size:,.0f} |")
+        if size:
+            pruned = name.startswith(("joint", "50 %", "dense"))
+            panels[0][0].plot(size, loss, "s" if pruned else "o", color="tab:orange" if pruned else "tab:blue")
+            panels[0][0].annotate(name, (size, loss), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    panels[0][0].set(xscale="log", xlabel="bytes of the file (blue: distilled students, orange: pruned)",
+                     ylabel="validation loss, nats per token")
+    figure.savefig(OUT / "smaller.png", dpi=100)
+
+
+if __name__ == "__main__":
+    runs, data = (str(Path(word).resolve()) for word in sys.argv[1:3])
+    OUT.mkdir(exist_ok=True)
+    lines = read_log(OUT / "runs.jsonl") if (OUT / "runs.jsonl").exists() else []
+    done = {(line["name"], line["seed"]) for line in lines}
+    if "--report" in sys.argv:
+        report(lines)
+    else:
+        for seed in SEEDS:
+            for name in NAMES:
+                if (name, seed) not in done:
+                    with open(OUT / "runs.jsonl", "a") as file:
+                        file.write(json.dumps(line := measure(name, seed, runs, data)) + "\n")
+                    print(name, seed, line["val_loss"], flush=True)
