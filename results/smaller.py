@@ -6,7 +6,7 @@
 RUNS: the out_dirs of sweep.py's row E0 at scale laptop, as results/laptop/runs; E0-1 is the teacher of all students,
 E0-SEED is what that seed's pruning begins with. Every run is an ordinary one of extensions.distill or extensions.prune,
 in results/smaller/runs/NAME-SEED; what it measured becomes a line of results/smaller/runs.jsonl, and is not run again.
-All students take 600 steps in all, all pruned models 500 after E0's 2,250.
+All students take 900 steps in all, `warm` ones 600 in fp32 and then 300; all pruned models 500 after E0's 2,250.
 """
 
 import json
@@ -26,16 +26,18 @@ ALL = "--compile=False --sample_tokens=0 --eval_interval=100"
 STUDENT = f"extensions.distill --preset=laptop-small {ALL} --warmup_iters=50"
 PRUNE = f"extensions.prune --init_from={{runs}}/E0-{{seed}} --learning_rate=4e-3 --min_lr=0 --warmup_iters=20 {ALL}"
 STAGES = "--stages=40,100,200,160"
-TEACHER, WARM = "--teacher={runs}/E0-1", "--init_from={out}/student-400-{seed} --learning_rate=8e-3 --max_iters=200"
+TEACHER = "--teacher={runs}/E0-1"
+WARM = f"{STUDENT} {TEACHER} --max_iters=300 --init_from={{out}}/student-600-{{seed}} --learning_rate=8e-3"
 NAMES = {  # name: command behind `python -m`; in this order
-    "student, alone": f"{STUDENT} --soft=0 --max_iters=600",
-    "student": f"{STUDENT} {TEACHER} --max_iters=600",
-    "student-400": f"{STUDENT} {TEACHER} --max_iters=400",
-    **{f"uniform {s}": f"{STUDENT} {TEACHER} --max_iters=600 --method=uniform --levels={s}" for s in (16, 4)},
-    "uniform 4, alone": f"{STUDENT} --soft=0 --max_iters=600 --method=uniform --levels=4",
-    **{f"{method} {s}, warm": f"{STUDENT} {TEACHER} {WARM} --method={method} --levels={s}{lr}"
-       for method, lr in (("uniform", ""), ("points", " --learning_rate=1e-3")) for s in (16, 4)},
-    "w8a8": f"{STUDENT.replace('laptop-small', 'laptop-small,w8a8')} {TEACHER} --max_iters=600",
+    "student-600": f"{STUDENT} {TEACHER} --max_iters=600",
+    "student, warm": WARM,
+    **{f"{method} {s}, warm": f"{WARM} --method={method} --levels={s}{lr}"
+       for s in (16, 4) for method, lr in (("uniform", ""), ("points", " --learning_rate=1e-3"))},
+    "student": f"{STUDENT} {TEACHER} --max_iters=900",
+    "student, alone": f"{STUDENT} --soft=0 --max_iters=900",
+    **{f"uniform {s}": f"{STUDENT} {TEACHER} --max_iters=900 --method=uniform --levels={s}" for s in (16, 4)},
+    "uniform 4, alone": f"{STUDENT} --soft=0 --max_iters=900 --method=uniform --levels=4",
+    "w8a8": f"{STUDENT.replace('laptop-small', 'laptop-small,w8a8')} {TEACHER} --max_iters=900",
     "dense": f"train {PRUNE.removeprefix('extensions.prune ')} --preset=laptop --max_iters=500",
     **{f"joint {name}": f"{PRUNE} --preset=laptop {STAGES} {flags}" for name, flags in {
         "0 %": "--sparsity=0", "30 %": "--sparsity=0.3", "50 %": "--sparsity=0.5", "70 %": "--sparsity=0.7",
@@ -77,13 +79,13 @@ def points(lines: list[dict]) -> dict[str, list[tuple[float, float]]]:
         name, size = line["name"], line.get("bytes", {})
         size = line.get("packed_bytes") or size.get("huffman.pt") or size.get("fp32")
         found.setdefault(name, []).append((size, line["val_loss"]))
-        if name.startswith("uniform") and "alone" not in name and "warm" not in name:
-            sizes[name.split()[1]] = size  # what a student of so many levels takes
-    for line in (line for line in lines if line["name"] == "student"):
+        if name.startswith("uniform") and name.endswith("warm"):
+            sizes[name.split()[1].strip(",")] = size  # what a student of so many levels takes
+    for line in (line for line in lines if line["name"] == "student, warm"):
         for how, loss in line["losses"].items():
             s, k = (how.split(",")[i].split("=")[-1] for i in (0, -1))
             if s in sizes:
-                name = f"student, rounded to {s}" + ("" if k == "256" else ", no buckets")
+                name = f"student, warm, rounded to {s}" + ("" if k == "256" else ", no buckets")
                 found.setdefault(name, []).append((sizes[s], loss))
     return found
 
