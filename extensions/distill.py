@@ -78,7 +78,7 @@ class Config(train.TrainConfig):
 
 class Run(train.Run):
     """A run of train.py with a teacher, a student that computes at Q(w), and small files at its end."""
-    teacher, student = None, None
+    teacher, student, crc = None, None, None
 
     def make_objective(self) -> nn.Module:
         """Load the teacher; return the GPT, or the Student around it."""
@@ -95,7 +95,7 @@ class Run(train.Run):
                              f"those of {self.rounds[0]}; drop one")
         levels, trained = [config.levels] * len(matrices(gpt)), config.method == "points"
         if trained and config.resume:
-            levels = self.source["extra"]["levels"]
+            levels = self.source["extra"].get("levels", levels)
         elif config.allocate:
             levels = share_out(self.gradient_norms(levels), config.levels)
             self.processes.print(f"points: {dict(zip(matrices(gpt), levels, strict=True))}")
@@ -165,17 +165,18 @@ class Run(train.Run):
         return self.student.rounded() if self.student else self.raw
 
     def extra_state(self) -> dict:
-        """Return the points, how many each matrix has, and which teacher it is."""
+        """Return the points, how many each matrix has, and which teacher it is: what of these there is."""
         state = {"teacher": self.crc} if self.teacher else {}
         if self.student:
             state |= {"points": self.student.points.data, "levels": self.student.levels}
         return state
 
     def load_extra_state(self, state: dict) -> None:
-        """Take up the points. Raises: ValueError if the teacher has changed."""
-        if self.teacher and state["teacher"] != self.crc:
-            raise ValueError(f"--teacher={self.config.teacher} has changed since this run began; "
-                             "put back what it was")
+        """Take up the points. Raises: ValueError if the run began otherwise, or its teacher has changed."""
+        mine = self.extra_state()
+        if mine.keys() != state.keys() or any(mine[key] != state[key] for key in mine if key != "points"):
+            raise ValueError(f"the run in {self.config.out_dir} began with another --teacher={self.config.teacher}"
+                             f" or --method than {self.config.method}; go on with what it had")
         if self.student:
             self.student.points.data.copy_(state["points"])
 

@@ -101,7 +101,7 @@ def test_neither_logits_matrix_ever_exists(monkeypatch):
 def house(data, tmp_path_factory):
     """A folder with a teacher, wider, with a longer context and quantizers of its own, and its student `kd`."""
     out = tmp_path_factory.mktemp("house")
-    wide = ["--n_embd=48", "--block_size=48", "--wbits=8", "--abits=8", "--quant_head"]
+    wide = ["--n_embd=48", "--block_size=48", "--wbits=4", "--abits=8", "--quant_head"]
     for name, main, flags in (("teacher", train.main, wide), ("kd", distill.main, [f"--teacher={out}/teacher"])):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as leave:
             flags = [*SMALL, *flags, "--max_iters=12", "--learning_rate=1e-2", f"--data_dir={data}"]
@@ -159,6 +159,9 @@ def test_a_run(method, student, run, call, house, data, signals, tmp_path):
     quantized["model"].pop("lm_head.weight")
     packed, huffed = (load_checkpoint(whole / name) for name in ("packed.pt", "huffman.pt"))
     assert same(unpack(packed), quantized) and same(unpack(huffed), quantized)
+    for stored, name in ((packed, "packed.pt"), (huffed, "huffman.pt")):
+        assert 0 < files[name] - sum(t.nbytes for t in stored["model"].values()) < 8000  # flags and names
+        assert len(stored["model"]) == 4
     w, q = (model["wte.weight"] for model in (state["model"], quantized["model"]))
     assert not torch.equal(w, q) and len(q.flatten()[:64].unique()) <= max(packed["levels"])
     # bits a weight: ceil(log2 s), and 64 a bucket
@@ -171,7 +174,7 @@ def test_a_run(method, student, run, call, house, data, signals, tmp_path):
     if method == "points":  # w stays, the points move; some matrices have more of them
         assert same(state["model"], start) and sum(packed["levels"]) == 6 * 4 and len(set(packed["levels"])) > 1
         first = Student(model_from(load_checkpoint(house / "kd"), PLAIN), packed["levels"], 256, True).points
-        assert (state["extra"]["points"] - first).abs().min() > 1e-5
+        assert ((state["extra"]["points"] - first).abs() > 1e-6).float().mean() > 0.9
     else:  # trained weights are not on the points
         assert all((p != quantized["model"][name]).any() == (p.dim() == 2)
                    for name, p in state["model"].items() if name != "lm_head.weight")
@@ -293,12 +296,17 @@ def test_bad_flags(flags, words, run, house, tmp_path):
 
 
 def test_another_teacher_is_another_run(student, run, house, tmp_path):
-    """A run does not go on under a teacher that has changed; --help shows our flags."""
-    save_checkpoint(tmp_path / "t.pt", state := load_checkpoint(house / "teacher"))
+    """A run does not go on with a teacher that has changed, nor with another method; --help shows our flags."""
+    save_checkpoint(tmp_path / "t.pt", state := load_checkpoint(house / "kd"))  # a context as long as ours
     student(tmp_path / "a", "none", f"--teacher={tmp_path}/t.pt", "--max_iters=2")
     state["model"]["wte.weight"] += 1e-3
     save_checkpoint(tmp_path / "t.pt", state)
     code, _, err = run(tmp_path / "a", "--resume", "--max_iters=4", small=[], main=distill.main)
-    assert code == 2 and "has changed since this run began" in err
+    assert code == 2 and "began with another --teacher=" in err
+    assert run(tmp_path / "c", "--max_iters=2")[0] == 0
+    resume = ["--resume", "--max_iters=4", "--soft=0"]  # a run of train.py
+    code, _, err = run(tmp_path / "c", *resume, "--method=uniform", small=[], main=distill.main)
+    assert code == 2 and "or --method than uniform" in err
+    assert run(tmp_path / "c", *resume, small=[], main=distill.main)[0] == 0
     code, out, _ = run(tmp_path / "b", "--help", main=distill.main)
     assert code == 0 and "distill.py: Distillation, into few-bit weights" in out and "--allocate" in out
