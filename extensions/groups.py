@@ -127,7 +127,7 @@ def find_groups(model: nn.Module, *inputs: Tensor) -> list[Groups]:
     for place, its in labels.places.items():  # {label that stands for a group: {place: indices}}
         for i, label in enumerate(its.long().tolist()):
             found.setdefault(labels.root(label), {}).setdefault(place, []).append(i)
-    del found[0]
+    found.pop(0, None)  # what is fixed
     for group in found.values():
         shape = tuple((place, len(index)) for place, index in group.items())
         shapes.setdefault(shape, []).append(group)

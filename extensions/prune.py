@@ -216,7 +216,7 @@ class PruneRun(train.Run):
         return compress(self.raw, self.groups) if self.step == self.config.max_iters else self.raw
 
     def checkpoint(self, log: Log, best: bool = False) -> bool:
-        """Write ckpt.pt; at the end of the run the other files first, so that a kill loses none. No best one."""
+        """Write ckpt.pt, at the end the other files first, so that a kill loses none of them. There is no best one."""
         self.processes.after_main(lambda: self.write(log))
         return super().checkpoint(log)  # what has the smallest loss has lost the least
 
