@@ -15,10 +15,10 @@ QASSO, the optimizer, is what happens around that step, in four stages; after ev
                  end of the period they are zero for good. gamma and d come from the rule `forget`
     cool-down    b is rounded and stays; q_m and t still learn
 
-Weights only, simulated arithmetic; embeddings, LayerNorms and biases stay fp32. What was cut is really gone. out_dir gets
-ckpt.pt, to go on; compressed.pt, a plain GPT with its weights on the grid; packed.pt, the same as codes of b bits, which
-grid.unpack_weights reads. Ours: heads and units are ranked apart; no block loses its last; gamma is bounded; d, q_m and
-t do not decay, d is projected from the first step on; --leap=False. Not here: activation quantizers, counts of BOPs.
+Weights only, simulated arithmetic; embeddings, LayerNorms, biases stay fp32. What was cut is really gone. out_dir gets
+ckpt.pt, to go on; compressed.pt, a plain GPT with its weights on the grid; packed.pt, the same as codes of b bits, read
+by grid.unpack_weights. Ours: heads and units are ranked apart; no block loses its last; gamma is bounded; d, q_m and t
+do not decay, d is projected from the first step on; --leap=False. Not here: activation quantizers, counts of BOPs.
 
     python -m extensions.prune --init_from=out --sparsity=0.5 --bits=4,8 --out_dir=out-pruned --learning_rate=1e-3
     python eval.py --ckpt=out-pruned/compressed.pt
