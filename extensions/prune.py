@@ -1,8 +1,8 @@
 """Prune heads and hidden units of a GPT-2 while its weights learn their bits (GETA, Qu et al. 2025, arXiv 2502.16638).
 
-One run makes a trained model smaller in two ways at once. Exactly K groups (heads, hidden units: extensions/groups.py)
-become zero and are cut out; and the weights of each linear layer in the blocks end on a grid of b bits, b in --bits,
-whose step d, range q_m and exponent t are learned:
+One run makes a trained model smaller in two ways: exactly K groups (heads, hidden units: extensions/groups.py) become
+zero and are cut out; and the weights of the blocks' linears end on grids of b bits each, b within --bits, whose step d,
+range q_m and exponent t are learned (extensions/grid.py):
 
     x~ = sgn(x) min(|x|, q_m)^t      Q(x) = d round(x~ / d)      b = log2(q_m^t / d + 1) + 1
     d(b) = q_m^t / (2^(b - 1) - 1)   v = (w before - w after) / lr, the direction of a step of AdamW
@@ -15,11 +15,10 @@ QASSO, the optimizer, is what happens around that step, in four stages; after ev
                  end of the period they are zero for good. gamma and d come from the rule `forget`
     cool-down    b is rounded and stays; q_m and t still learn
 
-Weights only, simulated arithmetic; embeddings, LayerNorms and biases stay fp32. What was cut is really gone: fewer rows
-and columns, faster. out_dir gets ckpt.pt, to go on; compressed.pt, a plain GPT with its weights on the grid; packed.pt,
-the same as codes of b bits, which grid.unpack_weights reads. Not here: activation quantizers, bit operations as a goal.
-Ours: heads and units are ranked apart; no block loses its last; gamma is bounded; no weight decay on d, q_m and t,
-and d is projected from the first step on.
+Weights only, simulated arithmetic; embeddings, LayerNorms, biases stay fp32. What was cut is really gone. out_dir gets
+ckpt.pt, to go on; compressed.pt, a plain GPT with its weights on the grid; packed.pt, the same as codes of b bits, read
+by grid.unpack_weights. Ours: heads and units are ranked apart; no block loses its last; gamma is bounded; d, q_m and t
+do not decay, d is projected from the first step on; --leap=False. Not here: activation quantizers, counts of BOPs.
 
     python -m extensions.prune --init_from=out --sparsity=0.5 --bits=4,8 --out_dir=out-pruned --learning_rate=1e-3
     python eval.py --ckpt=out-pruned/compressed.pt
@@ -27,12 +26,10 @@ and d is projected from the first step on.
 
 import sys
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 import train
@@ -40,11 +37,11 @@ from extensions.grid import START, LearnedGrid, pack_weights
 from extensions.groups import Groups, compress, gpt_groups, lowest, measures, saliency
 from model import GPT
 from optim import AdamW
+from quant import QuantLinear
 from support.checkpoint import load_weights, save_checkpoint
 from support.config import flatten, one_line_errors, refuse_idle
 from support.log import Log, read_log
 
-TINY = torch.finfo(torch.float32).tiny
 ETA, ZETA, BETA = 0.999, 0.9, 0.8  # of the forget rule, as in the released code
 
 
@@ -58,6 +55,7 @@ class PruneConfig(train.TrainConfig):
     quant_lr: float = 0.1  # learning rate of d, q_m and t, times that of the weights
     score: Literal["saliency", "magnitude", "random"] = "saliency"  # the groups of lowest score go
     forget: bool = True  # marked groups fade over their period; False: they are zero at once
+    leap: bool = True  # where the rule leaves d free it leaps to d(b_l); False: it grows by a quarter
 
     def __post_init__(self):
         bits, stages = (",".join(map(str, numbers)) for numbers in (self.bits, self.stages))
@@ -69,41 +67,41 @@ class PruneConfig(train.TrainConfig):
         if not four or any(n % self.periods or not n for n in self.stages[1:3]):
             raise ValueError(f"--stages={stages} must be four numbers of steps, the second and the "
                              f"third positive multiples of --periods={self.periods}")
-        if not 0 <= self.quant_lr < inf:
+        if not 0 <= self.quant_lr < float("inf"):
             raise ValueError(f"--quant_lr={self.quant_lr} must be at least 0, and finite")
         pruning = (self.sparsity > 0, "without --sparsity above 0")
-        refuse_idle(self, score=pruning, forget=pruning)
+        refuse_idle(self, score=pruning, forget=pruning, leap=pruning)
+        refuse_idle(self, leap=(self.forget, "with --forget=False"))
         self.max_iters = sum(self.stages)
         super().__post_init__()
 
     def at(self, step: int) -> tuple[float, int, int]:
         """Return b_u after the step; of a step in the joint stage its period, and the steps left in it, else -1, 0."""
         warm, projection, joint, _ = self.stages
-        fallen = (step - warm) * self.periods // projection + 1  # periods that b_u has fallen in
+        fallen = min(max((step - warm) * self.periods // projection + 1, 0), self.periods)
         i, length = step - warm - projection, joint // self.periods
         period, left = (i // length, length - i % length) if 0 <= i < joint else (-1, 0)
-        fallen = min(max(fallen, 0), self.periods)
         return START - (START - self.bits[1]) * fallen / self.periods, period, left
 
 
 def forget(c: Tensor, R: Tensor, v: Tensor, lr: float, s: float,
-           coarse: float, fine: float) -> tuple[float, float]:
+           most: float, least: float) -> tuple[float, float]:
     """Return (gamma, d): marked numbers lose gamma Q(x) = gamma (c + d R) beside their step -lr v.
 
     They are such that v.(-lr v - gamma (c + d R)) < 0: on the whole they still move against v.
     Args:
         c, R, v: x~, round(x~ / d) - x~ / d at the old d, and the direction, (n,); a bias x has c = x, R = 0.
-        lr: learning rate.  s: 1 / steps left, the largest gamma.  coarse, fine: d(b_l), d(b_u), the range of d.
+        lr: learning rate.  s: 1 / steps left, the largest gamma.  most, least: range of d, in the paper d(b_l), d(b_u).
     Source: QASSO. min(s, ...) is ours: where c.v is a small negative number gamma would have no bound. In the Q(x) that
     is taken R is at the new d; the inequality is for the old one.
     """
     c, R, v = c.double(), R.double(), v.double()  # products of tiny numbers must not underflow
     cv, Rv, vv = (float(a @ v) for a in (c, R, v))
     gamma = 0.0 if not c.any() else s if cv >= 0 else min(s, (1 - ETA) * lr * vv / -cv)
-    d = coarse if Rv >= 0 or gamma == 0 else min(coarse, ZETA * ETA * lr * vv / (gamma * -Rv))
-    while d < fine:
+    d = most if Rv >= 0 or gamma == 0 else min(most, ZETA * ETA * lr * vv / (gamma * -Rv))
+    while d < least:
         gamma, d = gamma * BETA, d / BETA
-    return gamma, min(d, coarse)
+    return gamma, min(d, most)
 
 
 # -----------------------------------------------------------------------------
@@ -121,7 +119,7 @@ class PruneRun(train.Run):
                              "name one, as --init_from=out")
         model, self.grids = super().make_model(), {}  # by the weight's name
         for name, layer in model.h.named_modules(prefix="h"):
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, QuantLinear):
                 continue
             if layer.recipe is not None or layer.reparam is not None:
                 raise ValueError(f"{name} is quantized by other flags (--wbits, --abits, --gbits, "
@@ -159,7 +157,7 @@ class PruneRun(train.Run):
         for grid in self.grids.values():
             grid.project(config.bits[0], high)
         # (2) the first step of a period marks groups, and each of its steps takes its share of them
-        v = {n: (x - self.weights[n]) / max(lr, TINY) for n, x in self.before.items()}
+        v = {n: (x - self.weights[n]) / (lr or 1.0) for n, x in self.before.items()}
         if left == config.stages[2] // config.periods:
             for kind, blocks in self.groups.items():
                 self.mark(blocks, v, period, self.going[kind] * (period + 1) // config.periods)
@@ -193,9 +191,11 @@ class PruneRun(train.Run):
         grid = self.grids[weight]
         c, k = grid.codes(x[weight])
         R = {n: torch.zeros_like(t) for n, t in x.items()} | {weight: k - c / grid.d}
-        coarse, fine = (float(grid.step(bits)) for bits in self.config.bits)
+        most, least = (float(grid.step(bits)) for bits in self.config.bits)
+        if not self.config.leap:
+            most = min(most, float(grid.d) / BETA)
         parts = (torch.cat([t.flatten() for t in p.values()]) for p in (x | {weight: c}, R, direction))
-        gamma, d = forget(*parts, lr, 1 / left, coarse, fine)
+        gamma, d = forget(*parts, lr, 1 / left, most, least)
         grid.d.fill_(d)
         x[weight] = grid.d * grid.codes(x[weight])[1]  # Q(x)
         for name, index in rows.items():
@@ -223,8 +223,7 @@ class PruneRun(train.Run):
     def write(self, log: Log) -> None:
         """Log the bits; when the run is over write compressed.pt and packed.pt, and log what they are worth."""
         if self.step < self.config.max_iters:
-            bits = {name: float(grid.bits()) for name, grid in self.grids.items()}
-            return log.write(step=self.step, bits=bits)
+            return log.write(step=self.step, bits={n: float(g.bits()) for n, g in self.grids.items()})
         # (1) the files
         out, small = Path(self.config.out_dir), self.evaluated_model()
         bits = {name: int(grid.whole) for name, grid in self.grids.items()}
