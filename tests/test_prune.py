@@ -61,12 +61,14 @@ def draw(rng, n):
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 30), left=st.integers(1, 100), agree=st.floats(-1, 1),
-       against=st.floats(0, 30))
-def test_forgetting_goes_downhill(seed, n, left, agree, against):
+       against=st.floats(0, 30), orthogonal=st.booleans())
+def test_forgetting_goes_downhill(seed, n, left, agree, against, orthogonal):
     """v.(-lr v - gamma (c + d R)) < 0; gamma <= 1 / steps left, equal where nothing speaks against it; d in range."""
     c, d, R, v, lr, fine = draw(np.random.default_rng(seed), n)
-    v = v + agree * 30 * c - against * R  # c.v of either sign, and small; R.v mostly negative
+    v = v + agree * 30 * c - against * R  # c.v of either sign; R.v mostly negative
+    v = v - c * (c @ v) / (c @ c) if orthogonal and n > 1 else v  # c.v nearly 0, of either sign
     coarse, s = d * 10, 1 / left
+    lr = lr * 1e-3 if orthogonal else lr  # then d of the rule lies below its range, and gamma must pay for that
     gamma, new = forget(c, R, v, lr, s, coarse, fine)
     assert 0 < gamma <= s and fine <= new <= coarse
     assert float(v @ (-lr * v - gamma * (c + new * R))) < 0
