@@ -131,7 +131,8 @@ with {chaos[1]} degrees of freedom (verdicts.py says how); below {tie} nats is n
 uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in
 runs.jsonl; runs share the machine with others, so tokens_per_s are lower bounds.
 """
-ROWS |= {name: Row(f"--preset={name}") for name in extensions.PRESETS}  # further papers, one row a preset
+# Further papers, one row a preset; uncompiled, nvfp4 takes six times as long.
+ROWS |= {name: Row(f"--preset={name}" + " --compile=True" * name.startswith("nvfp4")) for name in extensions.PRESETS}
 
 
 class Scale(NamedTuple):
