@@ -180,12 +180,11 @@ class Run(train.Run):
         if self.student:
             self.student.points.data.copy_(state["points"])
 
-    def train(self, log: Log) -> tuple[str, int]:
-        """Train; at the end write the files, and report losses, bits a weight, and bytes."""
-        status, code = super().train(log)
-        if status == "finished":
+    def checkpoint(self, log: Log, best: bool = False) -> bool:
+        """Write ckpt.pt; when the run is over finish() comes first, so that a kill loses nothing."""
+        if self.step == self.config.max_iters:
             self.finish(log)
-        return status, code
+        return super().checkpoint(log, best)
 
     def finish(self, log: Log) -> None:
         """Write the files; log and print val_loss in nats per token, bits a weight of the matrices, and bytes.
@@ -218,7 +217,8 @@ class Run(train.Run):
                     save_checkpoint(out / f"{name}.pt", few | {"model": tensors})
             self.processes.after_main(write)
         result["bytes"] = {"fp32": sum(p.nbytes for p in gpt.parameters()),
-                           **{path.name: path.stat().st_size for path in sorted(out.glob("*.pt"))}}
+                           **{path.name: path.stat().st_size for path in sorted(out.glob("*.pt"))
+                              if not path.name.startswith("ckpt")}}
         log.write(step=self.step, result=result)
         for name, values in result.items():
             shown = [f"{key} {value:,.4f}".removesuffix(".0000") for key, value in values.items()]
