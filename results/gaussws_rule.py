@@ -1,9 +1,9 @@
 """A float of p significant bits carries the noise of p + 1 bits: python results/gaussws_rule.py
 
 The share of the non-zero noise of gaussws that rounding w + R step to p significant bits swallows, by b - p: 1024 x
-1024 Gaussian weights, blocks of 32 x 32, float64, seeds 0 (weights) and 2 (noise). It matters a little where the largest
-weights lie between two powers of two, so the table gives the range over standard deviations 1, 1.19, 1.41 and 1.68; the
-picture, gaussws_rule.png, has the mean.
+1024 Gaussian weights, blocks of 32 x 32, float64, seeds 0 (weights) and 2 (noise). It matters a little where a block's
+largest weight lies between two powers of two, so the table gives the range over standard deviations 1, 1.19, 1.41 and
+1.68; the picture, gaussws_rule.png, has the mean.
 """
 
 import sys
