@@ -151,7 +151,7 @@ class Batches:
 # a step, and the loop
 
 class Run:
-    """One training run. The first seven methods are what another program overrides to train something else."""
+    """One training run. The first eight methods are what another program overrides to train something else."""
     needs = ()  # names of extensions whose layers make_model adds: without them a checkpoint is another model
 
     def make_model(self) -> GPT:
@@ -172,7 +172,7 @@ class Run:
 
     def make_optimizer(self) -> AdamW:
         """AdamW with weight decay on matrices only, and its moments stored as the flags say."""
-        config, groups = self.config, param_groups(self.raw, self.config.optim)
+        config, groups = self.config, param_groups(self.objective, self.config.optim)
         return AdamW(groups, config.learning_rate, config.optim, seed=config.seed, compile=config.compile)
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,6 +190,9 @@ class Run:
     def load_extra_state(self, state: dict) -> None:
         """Take up what extra_state returned when the checkpoint was written."""
 
+    def before_checkpoint(self, log: Log) -> None:
+        """Write what is to stand before ckpt.pt does; called on all processes, its weights are finite."""
+
     def __init__(self, config: TrainConfig, processes: Processes, source: dict | None, started: float):
         self.config, self.processes, self.source = config, processes, source
         self.flat, self.started = flatten(config), started  # {flag: value}; time.perf_counter()
@@ -201,8 +204,8 @@ class Run:
         self.tokens_per_step = self.batches.sequences * config.model.block_size
         torch.manual_seed(config.seed)  # model and optimizer: new, or those of a checkpoint
         self.raw = self.make_model().to(processes.device).train()
-        objective = self.make_objective()
-        self.parameters = list(objective.parameters())
+        self.objective = self.make_objective()
+        self.parameters = list(self.objective.parameters())
         self.optimizer = self.make_optimizer()
         self.step, self.evaluated, self.best = 0, -1, math.inf  # best: validation loss
         if config.resume:
@@ -211,7 +214,7 @@ class Run:
             self.load_extra_state(source["extra"])
         self.source = None  # its tensors are copied: let them go
         # compile first, then DDP around it. Static shapes: every micro-batch has the same
-        self.model = torch.compile(objective, dynamic=False) if config.compile else objective
+        self.model = torch.compile(self.objective, dynamic=False) if config.compile else self.objective
         if dist.is_initialized():
             ids = [torch.device(processes.device).index] if "cuda" in processes.device else None
             self.model = DDP(self.model, device_ids=ids, gradient_as_bucket_view=True)
@@ -313,6 +316,7 @@ class Run:
         if self.processes.sum([spoilt])[0]:  # on any: all agree
             log.say(f"diverged at step {self.step}: a weight is not finite")
             return False
+        self.before_checkpoint(log)
 
         def work():  # the best first: a kill in between costs an evaluation that is made again
             state = {"config": self.flat, "asked": self.asked, "data": self.meta["train"]["sha256"],

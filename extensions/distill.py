@@ -35,7 +35,6 @@ import train
 from eval import evaluate, open_hf, val_windows
 from extensions.points import MOST, Student, matrices, pack, share_out
 from model import GPT, Teacher
-from optim import AdamW, param_groups
 from quant import QuantLinear, Recipe
 from support.checkpoint import load_checkpoint, model_from, save_checkpoint
 from support.config import refuse_idle
@@ -70,7 +69,9 @@ class Config(train.TrainConfig):
         taught = (self.soft > 0, "without --soft above 0")
         rounds = (self.method != "none", "without --method=uniform or points")
         refuse_idle(self, teacher=taught, temperature=taught, levels=rounds, bucket=rounds,
-                    allocate=(self.method == "points", "without --method=points"))
+                    allocate=(self.method == "points" and self.levels > 2, "without --method=points, --levels above 2"))
+        weights = (self.method != "points", "with --method=points, which trains vectors")
+        refuse_idle(self.optim, m1bits=weights, m2bits=weights, membed32=weights, weight_decay=weights)
 
 
 # -----------------------------------------------------------------------------
@@ -123,7 +124,9 @@ class Run(train.Run):
         self.teacher = model_from(source, extensions.linears(flat), getattr(torch, config.dtype))
         extensions.at_step(flat, self.teacher, source["step"])
         self.teacher.eval().requires_grad_(False)
-        self.crc = zlib.crc32(self.teacher.lm_head.weight.numpy())  # tells one teacher from another
+        self.crc = 0  # tells one teacher from another
+        for p in self.teacher.parameters():
+            self.crc = zlib.crc32(p.numpy(), self.crc)
         self.teacher.to(self.processes.device)
         self.hidden = torch.compile(self.teacher.hidden, dynamic=False, disable=not config.compile)
         count = sum(p.numel() for p in self.teacher.parameters())
@@ -154,12 +157,6 @@ class Run(train.Run):
         self.raw.zero_grad()
         return self.processes.sum(norms)
 
-    def make_optimizer(self) -> AdamW:
-        """Return train.py's AdamW for what trains: the GPT, or the points alone."""
-        config, groups = self.config, param_groups(self.student or self.raw, self.config.optim)
-        return AdamW(groups, config.learning_rate, config.optim, seed=config.seed,
-                     compile=config.compile)
-
     def evaluated_model(self) -> GPT:
         """Return the GPT at Q(w): that is what will be used."""
         return self.student.rounded() if self.student else self.raw
@@ -180,17 +177,13 @@ class Run(train.Run):
         if self.student:
             self.student.points.data.copy_(state["points"])
 
-    def checkpoint(self, log: Log, best: bool = False) -> bool:
-        """Write ckpt.pt; when the run is over finish() comes first, so that a kill loses nothing."""
-        if self.step == self.config.max_iters:
-            self.finish(log)
-        return super().checkpoint(log, best)
-
-    def finish(self, log: Log) -> None:
-        """Write the files; log and print val_loss in nats per token, bits a weight of the matrices, and bytes.
+    def before_checkpoint(self, log: Log) -> None:
+        """When the run is over, write the files; log and print val_loss, bits a weight of the matrices, and bytes.
 
         Where nothing rounds the weights, they are rounded here, to see what that alone would cost.
         """
+        if self.step < self.config.max_iters:
+            return
         gpt, student, out = self.raw, self.student, Path(self.config.out_dir)
         number = len(matrices(gpt))
         tried = {"w": lambda: gpt}  # name: model

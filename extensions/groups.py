@@ -16,7 +16,8 @@ its channels, and what an operation does to a channel, it does to its label.
 
 What is tied is a group, unless it is fixed. In GPT-2 these are the heads (rows of q, k and v, which are fused in
 c_attn; columns of attn.c_proj) and the hidden units of the MLPs; the residual stream, which runs through LayerNorms,
-is fixed. extensions/prune.py takes its groups from here; another model needs no more than rules for its operations.
+is fixed. To find the groups of another model takes no more than rules for its operations; extensions/prune.py, which
+has its groups from here, also expects that a group has rows in one matrix only.
 """
 
 from dataclasses import dataclass, replace
@@ -94,23 +95,24 @@ class _Labels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
         """Do to labels what `func` does to channels."""
-        name, x = func.__name__, args[0] if args else None
-        tensors = [t for t in args[:3] if isinstance(t, Tensor) and id(t) not in self.names]
+        name, given = func.__name__, (*args, *(kwargs or {}).values())
+        x = given[0] if given else None
+        tensors = [t for t in given if isinstance(t, Tensor) and id(t) not in self.names]
         if name == "to":  # another dtype: the same channels, the same parameter
             return x
         if name == "embedding":
-            return self.new((*x.shape, args[1].shape[1]), (args[1], 1))
+            return self.new((*x.shape, given[1].shape[1]), (given[1], 1))
         if name in MOVES or not any(t.is_floating_point() for t in tensors):  # no activation in it
             return func(*args, **(kwargs or {}))
         if name == "linear":
-            self.place(args[1], 1, x.reshape(-1, x.shape[-1]).T)  # (columns, positions)
-            rows = [(p, 0) for p in args[1:] if p is not None]  # and the bias
-            return self.new((*x.shape[:-1], len(args[1])), *rows)
-        if name in ("add", "mul") and isinstance(args[1], Tensor):
-            self.tie(torch.stack([t.flatten() for t in torch.broadcast_tensors(*args)], 1))
+            self.place(given[1], 1, x.reshape(-1, x.shape[-1]).T)  # (columns, positions)
+            rows = [(p, 0) for p in given[1:] if p is not None]  # and the bias
+            return self.new((*x.shape[:-1], len(given[1])), *rows)
+        if name in ("add", "mul") and isinstance(given[1], Tensor):
+            self.tie(torch.stack([t.flatten() for t in torch.broadcast_tensors(*given[:2])], 1))
         elif name == "scaled_dot_product_attention":  # q, k, v: (B, heads, T, head size)
-            self.tie(torch.cat([t.transpose(0, 1).flatten(1) for t in args[:3]], 1))
-            return args[2]
+            self.tie(torch.cat([t.transpose(0, 1).flatten(1) for t in given[:3]], 1))
+            return given[2]
         elif name == "layer_norm":
             self.fix(x)
         elif name not in PASSES:

@@ -35,7 +35,7 @@ def scaled(w: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
     A bucket may cross rows; the last one is filled with copies of the last weight. In buckets of 2, [3, 1, 2] has
     x = [1, 0], [0, 0], alpha = 2, 1 (what a constant bucket gets), beta = 1, 2.
     """
-    flat, k = w.flatten(), bucket or w.numel()
+    flat, k = w.flatten(), min(bucket or w.numel(), w.numel())
     t = torch.cat((flat, flat[-1:].expand(-len(flat) % k))).view(-1, k)  # (n, k)
     beta = t.amin(1, keepdim=True)  # (n, 1)
     alpha = t.amax(1, keepdim=True) - beta
@@ -156,7 +156,8 @@ def unpack(stored: dict) -> dict:
     if "huffman" in left:
         left["indices"] = unhuffman(left["huffman"])
     for (name, w), s in zip(matrices(gpt).items(), stored["levels"], strict=True):
-        n, k, bits = w.numel(), stored["bucket"] or w.numel(), bits_for(s)
+        n, bits = w.numel(), bits_for(s)
+        k = min(stored["bucket"] or n, n)
         i = take("indices", n) if "huffman" in left else \
             unpack_bits(take("codes", -(-n * bits // 8)), bits, n)
         alpha, beta = take("scales", -(-n // k)).repeat_interleave(k, 0)[:n].unbind(1)  # (n,) each

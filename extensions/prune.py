@@ -24,6 +24,7 @@ do not decay, d is projected from the first step on; --leap=False. Not here: act
     python eval.py --ckpt=out-pruned/compressed.pt
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +119,14 @@ class PruneRun(train.Run):
             raise ValueError("--init_from=scratch: pruning begins with a trained model; "
                              "name one, as --init_from=out")
         model, self.grids = super().make_model(), {}  # by the weight's name
-        for name, layer in model.h.named_modules(prefix="h"):
+        for name, layer in model.named_modules():
             if not isinstance(layer, QuantLinear):
                 continue
             if layer.recipe is not None or layer.reparam is not None:
                 raise ValueError(f"{name} is quantized by other flags (--wbits, --abits, --gbits, "
                                  "an extension's); weights learn their bits here: drop those")
-            layer.reparam = LearnedGrid(layer.weight, config.quant_lr)
-            self.grids[f"{name}.weight"] = layer.reparam
+            if name != "lm_head":
+                layer.reparam = self.grids[f"{name}.weight"] = LearnedGrid(layer.weight, config.quant_lr)
         if config.resume:  # the weights once more, now with the grids
             load_weights(model, self.source["model"], "checkpoint")
         self.groups, self.going = gpt_groups(config.model, model.vocab_size), {}  # by kind
@@ -140,13 +141,16 @@ class PruneRun(train.Run):
 
     def make_optimizer(self) -> AdamW:
         """Hook QASSO to AdamW's step, before and after it."""
-        weights = self.weights = dict(self.raw.named_parameters())
-        rows = [name for blocks in self.groups.values() for g in blocks for name in g.rows(g.dead)]
-        optimizer = super().make_optimizer()
-        optimizer.register_step_pre_hook(lambda *_: vars(self).update(
-            before={name: weights[name].detach().clone() for name in rows}))
+        self.weights, optimizer = dict(self.raw.named_parameters()), super().make_optimizer()
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.after_step())
         return optimizer
+
+    def before_step(self) -> None:
+        """Keep the rows of all groups as they are; only the joint stage asks for them."""
+        joint = self.config.at(self.step)[2] > 0
+        rows = [name for blocks in self.groups.values() for g in blocks for name in g.rows(g.dead) if joint]
+        self.before = {name: self.weights[name].detach().clone() for name in rows}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -216,21 +220,24 @@ class PruneRun(train.Run):
         return compress(self.raw, self.groups) if self.step == self.config.max_iters else self.raw
 
     def checkpoint(self, log: Log, best: bool = False) -> bool:
-        """Write ckpt.pt, at the end the other files first, so that a kill loses none of them. There is no best one."""
+        """Write ckpt.pt. There is no best one: what has the smallest loss has lost the least."""
+        return super().checkpoint(log)
+
+    def before_checkpoint(self, log: Log) -> None:
+        """Write the other files first, so that a kill loses none of them."""
         self.processes.after_main(lambda: self.write(log))
-        return super().checkpoint(log)  # what has the smallest loss has lost the least
 
     def write(self, log: Log) -> None:
         """Log the bits; when the run is over write compressed.pt and packed.pt, and log what they are worth."""
         if self.step < self.config.max_iters:
             return log.write(step=self.step, bits={n: float(g.bits()) for n, g in self.grids.items()})
         # (1) the files
-        out, small = Path(self.config.out_dir), self.evaluated_model()
+        out, small = Path(self.config.out_dir), self.evaluated_model().cpu()  # as a whole: a tied head stays tied
         bits = {name: int(grid.whole) for name, grid in self.grids.items()}
         left = {kind: getattr(small.config, kind) for kind in self.groups}
         flat = {name: self.flat[name] for name in flatten(train.TrainConfig())}
         checkpoint = {"config": flat | left, "vocab_size": small.vocab_size, "step": self.step,
-                      "model": {name: t.cpu() for name, t in small.state_dict().items()}, "extensions": []}
+                      "model": small.state_dict(), "extensions": []}
         packed = pack_weights(checkpoint, {n: (g.d.detach().cpu(), bits[n]) for n, g in self.grids.items()})
         save_checkpoint(out / "compressed.pt", checkpoint)
         save_checkpoint(out / "packed.pt", packed)
@@ -249,7 +256,7 @@ class PruneRun(train.Run):
 
 def main() -> None:
     """Prune, from the command line to the exit code."""
-    with one_line_errors():
+    with one_line_errors(quiet=int(os.environ.get("LOCAL_RANK", 0)) > 0):
         if any(arg.replace("-", "_").startswith("__max_iters") for arg in sys.argv):
             raise ValueError("--max_iters is the sum of --stages: give these")
     train.main(PruneConfig, PruneRun, __doc__)

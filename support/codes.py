@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import GPT, Linear
 from quant import Quantized, QuantLinear, restore
-from support.huggingface import load_safetensors
+from support.huggingface import load_safetensors, save_safetensors
 
 
 class Stored:
@@ -55,12 +55,7 @@ def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:
     kept = {k: v.contiguous() for k, v in model.state_dict().items() if ".reparam." not in k
             and (k != "lm_head.weight" or model.config.untied_head) and f"{k}.codes" not in tensors}
     facts = {key: checkpoint[key] for key in ("config", "vocab_size", "step", "extensions")}
-    metadata, safetensors = {"nanoqpt": json.dumps(facts)}, load_safetensors()
-    try:
-        safetensors.torch.save_file(tensors | kept, path, metadata=metadata)
-    except safetensors.SafetensorError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}") from error
+    save_safetensors(tensors | kept, path, {"nanoqpt": json.dumps(facts)})
     whole = 4 * sum(p.numel() for p in model.parameters())
     return (f"wrote {path}: {path.stat().st_size:,} bytes, {flat:,} weights of them in one byte each; "
             f"in fp32 the model has {whole:,}")

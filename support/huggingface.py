@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def load_safetensors():
     except ImportError:
         raise ValueError("this file format needs safetensors: pip install safetensors") from None
     return safetensors
+
+
+def save_safetensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
+    """Write beside the final name, then rename. Raises: OSError, and what was there before stays."""
+    safetensors, temporary = load_safetensors(), path.with_name(path.name + ".tmp")
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
 
 
 def load_hf(path: Path) -> dict:
@@ -121,12 +133,7 @@ def export_hf(model: GPT, folder: Path, flat: dict | None = None) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"transformer.{k}": (v.T if k.endswith(TRANSPOSED) else v).contiguous()
              for k, v in _plain_weights(model).items()}
-    file = folder / "model.safetensors"
-    try:
-        load_safetensors().torch.save_file(state, file, metadata={"format": "pt"})
-    except load_safetensors().SafetensorError as error:
-        file.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {error}") from error
+    save_safetensors(state, folder / "model.safetensors", {"format": "pt"})
     # (2) what from_pretrained wants beside them
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), model.vocab_size - 1)
     files = {"config.json": json.dumps({

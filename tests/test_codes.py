@@ -38,7 +38,7 @@ def test_the_loss_is_the_same_to_the_last_bit(flags, run, call, tmp_path):
     assert before[1] == after[1] and f"{column(tmp_path / 'a', 'val_loss')[-1]:.4f}" in after[1]
 
 
-def test_refused(run, call, tmp_path):
+def test_refused(run, call, tmp_path, monkeypatch):
     """4-bit weights, a damaged file, one of another kind, and none: one line each."""
     assert run(tmp_path / "a", "--wbits=4")[0] == run(tmp_path / "b", "--wbits=8")[0] == 0
     file = tmp_path / "codes.safetensors"
@@ -50,6 +50,13 @@ def test_refused(run, call, tmp_path):
     assert code == 2 and "could not write" in err
     assert call(evaluation.main, f"--ckpt={tmp_path}/b", f"--export={file}")[0] == 0
     whole = file.read_bytes()
+    with monkeypatch.context() as patch:  # a disk that is full: what was there stays
+        def full(tensors, path, metadata):
+            path.write_bytes(b"half of it")
+            raise OSError("No space left on device")
+        patch.setattr(safetensors, "save_file", full)
+        code, _, err = call(evaluation.main, f"--ckpt={tmp_path}/b", f"--export={file}")
+    assert code == 2 and "could not write" in err and file.read_bytes() == whole and not [*tmp_path.glob("*.tmp")]
     safetensors.save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
     for data in (whole[:-5], whole[:100], b"", (tmp_path / "other.safetensors").read_bytes()):
         file.write_bytes(data)

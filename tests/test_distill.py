@@ -1,6 +1,5 @@
 """extensions/distill.py: the loss against torch's on full logits in float64, runs from start to end, and bad input."""
 
-import functools
 import math
 import os
 import signal
@@ -242,12 +241,17 @@ def test_allocation_follows_the_gradient_of_five_micro_batches(student, data, tm
 @pytest.mark.parametrize("method", ["uniform", "points"])
 def test_compiled_equals_eager(method, student, tmp_path, monkeypatch):
     """Compiled (aot_eager: Inductor takes minutes), student and teacher are what they are uncompiled."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compile, calls = torch.compile, []
+
+    def aot_eager(*args, **options):
+        calls.append(args)
+        return compile(*args, **options, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", aot_eager)
     for name in ("True", "False"):
         flags = [f"--compile={name}", "--max_iters=3", "--gradient_accumulation_steps=1"]
         assert student(tmp_path / name, method, *flags)[0] == 0
     compiled, eager = (column(tmp_path / name, "loss") for name in ("True", "False"))
-    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert compiled == pytest.approx(eager, rel=1e-5) and len(calls) >= 2
 
 
 def child(argv, variables):
@@ -293,13 +297,15 @@ def test_two_processes_follow_one(method, student, data, house, tmp_path):
     ("--soft=0 --temperature=3", "has no effect without --soft above 0"),
     ("--levels=4", "has no effect without --method=uniform or points"),
     ("--bucket=4", "has no effect without --method=uniform or points"),
-    ("--method=uniform --allocate", "has no effect without --method=points")])
+    ("--method=uniform --allocate", "has no effect without --method=points"),
+    ("--method=points --init_from=INIT --allocate --levels=2", "--allocate=True has no effect without"),
+    ("--method=points --init_from=INIT --m2bits=8", "--m2bits=8 has no effect with --method=points")])
 def test_bad_flags(flags, words, run, house, tmp_path):
     for name, changes in (("OTHER", dict(vocab_size=50)), ("MASTERS", dict(extensions=["distill"]))):
         if name in flags:
             save_checkpoint(tmp_path / f"{name}.pt", load_checkpoint(house / "teacher") | changes)
             flags = flags.replace(name, f"{tmp_path}/{name}.pt")
-    flags = flags.replace("TEACHER", f"{house}/teacher").replace("OUT", f"{tmp_path}/a")
+    flags = flags.replace("TEACHER", f"{house}/teacher").replace("INIT", f"{house}/kd").replace("OUT", f"{tmp_path}/a")
     code, _, err = run(tmp_path / "a", *flags.split(), main=distill.main)
     *usage, line = err.splitlines()
     assert code == 2 and words in line and all(text.startswith("usage:") for text in usage), err
@@ -310,7 +316,7 @@ def test_another_teacher_is_another_run(student, run, house, tmp_path):
     """A run does not go on with a teacher that has changed, nor with another method; --help shows our flags."""
     save_checkpoint(tmp_path / "t.pt", state := load_checkpoint(house / "kd"))  # a context as long as ours
     student(tmp_path / "a", "none", f"--teacher={tmp_path}/t.pt", "--max_iters=2")
-    state["model"]["wte.weight"] += 1e-3
+    state["model"]["h.0.mlp.c_fc.weight"] += 1e-3
     save_checkpoint(tmp_path / "t.pt", state)
     code, _, err = run(tmp_path / "a", "--resume", "--max_iters=4", small=[], main=distill.main)
     assert code == 2 and "began with another --teacher=" in err

@@ -78,7 +78,8 @@ def test_another_architecture():
     assert torch.allclose(small(x), model(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("what", [lambda x: torch.sigmoid(x), lambda x: x + 1.0, lambda x: x.softmax(-1)])
+@pytest.mark.parametrize("what", [lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(input=x), lambda x: x + 1.0,
+                                  lambda x: x.softmax(-1)])
 def test_what_has_no_rule_is_refused(what):
     class Unknown(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from extensions.points import Student, matrices, nearest, quantize, scaled, share_out
 from model import GPT, GPTConfig, Teacher, quant_linears
 from quant import QuantConfig
-from support.codes import huffman, pack_bits, unhuffman, unpack_bits
+from support.codes import huffman, unhuffman
 
 
 def gpt(seed=0, quant=None, **shape):
@@ -164,14 +164,6 @@ def test_points_begin_as_quantiles_and_are_sorted_when_used():
     expected = student.weights()
     student.points.data = torch.cat([part.flip(0) for part in student.points.data.split(student.levels)])
     assert same(expected, student.weights()) and list(expected) == list(matrices(model))
-
-
-@pytest.mark.parametrize("bits", range(1, 17))
-def test_pack_bits(bits):
-    for n in (0, 1, 3, 64, 1001):
-        codes = torch.randint(2**bits, (n,), generator=torch.Generator().manual_seed(n))
-        packed = pack_bits(codes, bits)
-        assert len(packed) == -(-n * bits // 8) and same(unpack_bits(packed, bits, n), codes)
 
 
 @pytest.mark.parametrize("s", [4, 16, 256])
