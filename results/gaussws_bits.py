@@ -20,7 +20,7 @@ from support.presets import SIZES  # noqa: E402
 if __name__ == "__main__":
     data, out, *flags = sys.argv[1:]
     size = SIZES["laptop"]
-    print("| step | val_loss | mean b | " + " | ".join(f"b = {b}" for b in range(4, 8)) + " |\n" + "|---" * 7 + "|")
+    print("| step | val_loss | mean b | " + " | ".join(f"b = {b}" for b in range(4, 10)) + " |\n" + "|---" * 9 + "|")
     for step in range(size["eval_interval"], size["max_iters"] + 1, size["eval_interval"]):
         begin = ["--preset=laptop,gaussws", "--compile=False", "--seed=1", f"--lr_decay_iters={size['max_iters']}"]
         how = ["--resume"] if Path(out, "ckpt.pt").exists() else [*begin, *flags]
@@ -31,5 +31,5 @@ if __name__ == "__main__":
         t = torch.cat([v.flatten() for k, v in checkpoint["model"].items() if k.endswith("reparam.t")])
         b = config["b_target"] + t * (config["b_init"] - config["b_target"])
         loss = [line["val_loss"] for line in read_log(Path(out, "log.jsonl")) if "val_loss" in line][-1]
-        shares = [(b.round() == n).float().mean().item() for n in range(4, 8)]
+        shares = [(b.round() == n).float().mean().item() for n in range(4, 10)]
         print(f"| {step} | {loss:.4f} | {b.mean():.3f} | " + " | ".join(f"{s:.2f}" for s in shares) + " |", flush=True)
