@@ -171,7 +171,7 @@ class Run:
         return self.raw
 
     def make_optimizer(self) -> AdamW:
-        """AdamW with weight decay on matrices only, and its moments stored as the flags say."""
+        """AdamW for the objective's parameters: decay on matrices only, moments stored as the flags say."""
         config, groups = self.config, param_groups(self.objective, self.config.optim)
         return AdamW(groups, config.learning_rate, config.optim, seed=config.seed, compile=config.compile)
 
