@@ -1,7 +1,8 @@
 """Smaller models, two papers: distillation into few-bit weights, and pruning with learned bits. Loss against bytes.
 
     python results/smaller.py RUNS DATA             # make what is missing (about 25 minutes of one core a seed)
-    python results/smaller.py RUNS DATA --report    # table and figure of what there is
+    python results/smaller.py RUNS DATA --report    # table and figure of what there is, and of smaller/rounded.jsonl,
+                                                    # what prune_then_round.py printed for each seed
 
 RUNS: the out_dirs of sweep.py's row E0 at scale laptop, as results/laptop/runs; E0-1 is the teacher of all students,
 E0-SEED is what that seed's pruning begins with. Every run is an ordinary one of extensions.distill or extensions.prune,
@@ -93,24 +94,42 @@ def points(lines: list[dict]) -> dict[str, list[tuple[float, float]]]:
             if s in sizes:
                 name = f"student, warm, rounded to {s}" + ("" if k == "256" else ", no buckets")
                 found.setdefault(name, []).append((sizes[s], loss))
+    for line in read_log(OUT / "rounded.jsonl") if (OUT / "rounded.jsonl").exists() else []:
+        name = f"50 %, then rounded, {line['bits']} bits"
+        found.setdefault(name, []).append((line["packed_bytes"], line["val_loss"]))
     return found
 
 
 def report(lines: list[dict]) -> None:
-    """Print the table: mean and standard deviation over seeds; draw loss against bytes."""
-    figure, panels = new_figure(1, 1, size=(9, 6))
+    """Print the table, mean and standard deviation over seeds; draw loss against bytes and against speed.
+
+    The dashed line is the Pareto front: what no other point beats in both. Speeds: forward_speed.py's, of seed 1.
+    """
+    figure, panels = new_figure(1, 3, size=(19, 6))
+    speeds = read_log(OUT / "speed.jsonl") if (OUT / "speed.jsonl").exists() else []
+    speeds, shown = {line["name"]: line["ratio"] for line in speeds}, []
     print("| | seeds | val_loss | bytes |\n|---|---|---|---|")
     for name, pairs in points(lines).items():
         size, loss = (statistics.mean(v) for v in zip(*((a or 0, b) for a, b in pairs), strict=True))
         spread = f" +- {statistics.stdev(b for _, b in pairs):.4f}" if len(pairs) > 1 else ""
         print(f"| {name} | {len(pairs)} | {loss:.4f}{spread} | {size:,.0f} |")
+        kind = int(name.startswith(("joint", "50 %", "dense")))
         if size:
-            pruned = name.startswith(("joint", "50 %", "dense"))
-            panels[0][0].plot(size, loss, "s" if pruned else "o", color="tab:orange" if pruned else "tab:blue")
-            panels[0][0].annotate(name, (size, loss), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    panels[0][0].set(xscale="log", xlabel="bytes of the file (blue: distilled students, orange: pruned)",
-                     ylabel="validation loss, nats per token")
-    figure.savefig(OUT / "smaller.png", dpi=100)
+            panels[0][kind].plot(size / 1000, loss, "os"[kind], label=name, color=f"C{len(shown) % 10}",
+                                 mfc=None if len(shown) % 2 else "none")
+            shown.append((size / 1000, loss))
+        if ratio := speeds.get(folder(name, 1).name):
+            panels[0][2].plot(ratio, loss, "os"[kind], color="tab:gray")
+            panels[0][2].annotate(name, (ratio, loss), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    front = [point for point in sorted(shown) if point[1] < min((b for a, b in shown if a < point[0]), default=9)]
+    for panel, title in zip(panels[0], ("distilled students", "pruned models", "speed"), strict=True):
+        panel.set(title=title, ylim=(1.38, 2.5), xlabel="kB of the file", ylabel="validation loss, nats per token")
+    for panel in panels[0][:2]:
+        panel.plot(*zip(*front, strict=True), "k--", lw=0.8)
+        panel.set(xscale="log")
+        panel.legend(fontsize=7)
+    panels[0][2].set(xlabel="time of a forward pass, times the dense model's")
+    figure.savefig(OUT / "smaller.png", dpi=80)
 
 
 if __name__ == "__main__":
