@@ -15,11 +15,16 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from analyze import new_figure  # noqa: E402
+from extensions.points import Student, matrices, pack  # noqa: E402
+from model import quant_linears  # noqa: E402
+from quant import QuantConfig  # noqa: E402
+from support.checkpoint import load_checkpoint, model_from, save_checkpoint  # noqa: E402
 from support.log import read_log  # noqa: E402
 
 OUT, SEEDS = ROOT / "results/smaller", (1, 2, 3)
@@ -75,25 +80,39 @@ def measure(name: str, seed: int, runs: str, data: str) -> dict:
             "val_loss": [x["val_loss"] for x in log if isinstance(x.get("val_loss"), float)][-1]}
     more = [x.get("result", x) for x in log if "result" in x or "packed_bytes" in x]  # distill's, or prune's
     line |= {k: v for x in more for k, v in x.items() if k not in ("val_loss", "step")}
+    if name == "student, warm":
+        line["rounded_bytes"] = rounded_bytes(out)
     losses = [x["val_loss"] for x in more if isinstance(x["val_loss"], dict)]
     return line | ({"losses": losses[0]} if losses else {})
 
 
+def rounded_bytes(out: Path) -> dict[str, int]:
+    """Return the size of huffman.pt of a finished student, rounded as distill.py's last line rounds it."""
+    source, sizes = load_checkpoint(out), {}
+    gpt = model_from(source, quant_linears(QuantConfig(), source["config"]["n_layer"]))
+    facts = {key: source[key] for key in ("config", "vocab_size", "step", "extensions")}
+    for s, k in ((s, k) for k in (256, 0) for s in (16, 4)):
+        levels = [s] * len(matrices(gpt))
+        parts = pack(Student(gpt, levels, k))
+        del parts["codes"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "huffman.pt")
+            save_checkpoint(path, facts | {"levels": levels, "bucket": k, "model": parts})
+            sizes[f"levels={s},bucket={k}"] = path.stat().st_size
+    return sizes
+
+
 def points(lines: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Return {what: [(bytes of the smallest file, val_loss), one a seed]} of the lines of runs.jsonl."""
-    found, sizes = {}, {}
+    found = {}
     for line in lines:
         name, size = line["name"], line.get("bytes", {})
         size = line.get("packed_bytes") or size.get("huffman.pt") or size.get("fp32")
         found.setdefault(name, []).append((size, line["val_loss"]))
-        if name.startswith("uniform") and name.endswith("warm"):
-            sizes[name.split()[1].strip(",")] = size  # what a student of so many levels takes
-    for line in (line for line in lines if line["name"] == "student, warm"):
-        for how, loss in line["losses"].items():
-            s, k = (how.split(",")[i].split("=")[-1] for i in (0, -1))
-            if s in sizes:
-                name = f"student, warm, rounded to {s}" + ("" if k == "256" else ", no buckets")
-                found.setdefault(name, []).append((sizes[s], loss))
+        for how, size in line.get("rounded_bytes", {}).items():
+            s, k = (part.split("=")[1] for part in how.split(","))
+            name = f"student, warm, rounded to {s}" + ("" if k == "256" else ", no buckets")
+            found.setdefault(name, []).append((size, line["losses"][how]))
     for line in read_log(OUT / "rounded.jsonl") if (OUT / "rounded.jsonl").exists() else []:
         name = f"50 %, then rounded, {line['bits']} bits"
         found.setdefault(name, []).append((line["packed_bytes"], line["val_loss"]))
