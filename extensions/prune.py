@@ -18,7 +18,7 @@ QASSO, the optimizer, is what happens around that step, in four stages; after ev
 Weights only, simulated arithmetic; embeddings, LayerNorms, biases stay fp32. What was cut is really gone. out_dir gets
 ckpt.pt, to go on; compressed.pt, a plain GPT with its weights on the grid; packed.pt, the same as codes of b bits, read
 by grid.unpack_weights. Ours: heads and units are ranked apart; no block loses its last; gamma is bounded; d, q_m and t
-do not decay, d is projected from the first step on; --leap=False. Not here: activation quantizers, counts of BOPs.
+do not decay, d is projected from the first step on. Not here: activation quantizers, counts of BOPs.
 
     python -m extensions.prune --init_from=out --sparsity=0.5 --bits=4,8 --out_dir=out-pruned --learning_rate=1e-3
     python eval.py --ckpt=out-pruned/compressed.pt
@@ -56,7 +56,6 @@ class PruneConfig(train.TrainConfig):
     quant_lr: float = 0.1  # learning rate of d, q_m and t, times that of the weights
     score: Literal["saliency", "magnitude", "random"] = "saliency"  # the groups of lowest score go
     forget: bool = True  # marked groups fade over their period; False: they are zero at once
-    leap: bool = True  # where the rule leaves d free it leaps to d(b_l); False: it grows by a quarter
 
     def __post_init__(self):
         bits, stages = (",".join(map(str, numbers)) for numbers in (self.bits, self.stages))
@@ -71,8 +70,7 @@ class PruneConfig(train.TrainConfig):
         if not 0 <= self.quant_lr < float("inf"):
             raise ValueError(f"--quant_lr={self.quant_lr} must be at least 0, and finite")
         pruning = (self.sparsity > 0, "without --sparsity above 0")
-        refuse_idle(self, score=pruning, forget=pruning, leap=pruning)
-        refuse_idle(self, leap=(self.forget, "with --forget=False"))
+        refuse_idle(self, score=pruning, forget=pruning)
         self.max_iters = sum(self.stages)
         super().__post_init__()
 
@@ -196,8 +194,6 @@ class PruneRun(train.Run):
         c, k = grid.codes(x[weight])
         R = {n: torch.zeros_like(t) for n, t in x.items()} | {weight: k - c / grid.d}
         most, least = (float(grid.step(bits)) for bits in self.config.bits)
-        if not self.config.leap:
-            most = min(most, float(grid.d) / BETA)
         parts = (torch.cat([t.flatten() for t in p.values()]) for p in (x | {weight: c}, R, direction))
         gamma, d = forget(*parts, lr, 1 / left, most, least)
         grid.d.fill_(d)

@@ -52,7 +52,7 @@ NAMES = {  # name: command behind `python -m`; in this order
     "dense": f"train {PRUNE.removeprefix('extensions.prune ')} --preset=laptop --max_iters=500",
     **{f"joint {name}": f"{PRUNE} --preset=laptop {STAGES} {flags}" for name, flags in {
         "0 %": "--sparsity=0", "30 %": "--sparsity=0.3", "50 %": "--sparsity=0.5", "70 %": "--sparsity=0.7",
-        "50 %, at once": "--sparsity=0.5 --forget=False", "50 %, no leap": "--sparsity=0.5 --leap=False",
+        "50 %, at once": "--sparsity=0.5 --forget=False",
         "50 %, magnitude": "--sparsity=0.5 --score=magnitude",
         "50 %, random": "--sparsity=0.5 --score=random"}.items()},
     "50 %, 16 bits": f"{PRUNE} --preset=laptop {STAGES} --sparsity=0.5 --score=magnitude --bits=16,16",

@@ -132,7 +132,7 @@ def watch(patch, bits=(4, 8)):
 @pytest.mark.parametrize("flags, heads, hidden", [
     ([], 4, 128), (["--sparsity=0.37", "--bits=2,5"], 3, 95), (["--forget=False"], 4, 128),
     (["--score=magnitude", "--m1bits=8", "--m2bits=8"], 4, 128), (["--score=random", "--sparsity=0.75"], 6, 192),
-    (["--sparsity=0", "--bits=6,6", "--keep8=both"], 0, 0), (["--quant_lr=10", "--leap=False"], 4, 128)])
+    (["--sparsity=0", "--bits=6,6", "--keep8=both"], 0, 0), (["--quant_lr=10"], 4, 128)])
 def test_constraints_hold_after_every_step(flags, heads, hidden, pruned, tmp_path, monkeypatch):
     """Bits in range, dead rows zero for good, no empty block; exactly K of each kind; at last whole, constant bits."""
     low, high = map(int, dict(f.lstrip("-").split("=") for f in flags).get("bits", "4,8").split(","))
@@ -170,8 +170,7 @@ def test_marks_are_the_lowest(pruned, tmp_path, monkeypatch):
     assert pruned(tmp_path / "a", "--score=magnitude")[0] == 0 and [args[2] for args in asked] == [2, 64, 4, 128]
 
 
-@pytest.mark.parametrize("leap", [True, False])
-def test_marked_rows_fade(leap, pruned, tmp_path, monkeypatch):
+def test_marked_rows_fade(pruned, tmp_path, monkeypatch):
     """Beside the step they lose gamma Q(x), biases gamma bias; the rule for gamma and d sees the right numbers."""
     asked, fade = [], PruneRun.fade
 
@@ -197,7 +196,7 @@ def test_marked_rows_fade(leap, pruned, tmp_path, monkeypatch):
         torch.testing.assert_close(R[:x.numel()], (torch.round(clipped / old) - clipped / old).flatten())
         assert not R[x.numel():].any() and len(R) == len(c) and rate == lr and s == 1 / left
         most, least = (float(grid.q_m**grid.t) / (2**(b - 1) - 1) for b in (4, 8))
-        assert [coarse, fine] == pytest.approx([most if leap else min(most, old / 0.8), least])
+        assert [coarse, fine] == pytest.approx([most, least])
         # (2) what was done: marked rows and no others
         assert grid.d.item() == pytest.approx(coarse)
         for what, taken in (("weight", grid(x)), ("bias", bias)):
@@ -205,7 +204,7 @@ def test_marked_rows_fade(leap, pruned, tmp_path, monkeypatch):
         assert all(torch.allclose(p, after[name], rtol=0, atol=1e-7) for name, p in self.weights.items()
                    if ".reparam." not in name) and float(grid(x).detach().abs().max()) > 1e-3
     monkeypatch.setattr(PruneRun, "fade", watched)
-    assert pruned(tmp_path / "a", f"--leap={leap}")[0] == 0 and 16 <= len(asked) <= 32
+    assert pruned(tmp_path / "a")[0] == 0 and 16 <= len(asked) <= 32
 
 
 def test_files(pruned, run, call, tmp_path):
@@ -331,7 +330,6 @@ def test_without_biases(pruned, tmp_path):
     ("--periods=0", "multiples of --periods=0"), ("--quant_lr=-1", "--quant_lr=-1.0 must be at least 0"),
     ("--sparsity=0 --score=random", "--score=random has no effect without --sparsity above 0"),
     ("--sparsity=0 --forget=False", "--forget=False has no effect without --sparsity above 0"),
-    ("--forget=False --leap=False", "--leap=False has no effect with --forget=False"),
     ("--init_from=scratch", "--init_from=scratch: pruning begins with a trained model"),
     ("--max_iters=9", "--max_iters is the sum of --stages"), ("--max-iters=9", "--max_iters is the sum of --stages"),
     ("--wbits=8", "h.0.attn.c_attn is quantized by other flags (--wbits"), ("--abits=8", "is quantized by other flags"),
