@@ -121,6 +121,7 @@ ROWS = {
     # compiled, moments in 4 bits are 1.6 times as fast
     "bits36": Row("--preset=C1,G3,adam8 --compile=True"),
     "bits32": Row("--preset=C1,G3 --m1bits=4 --m2bits=8 --compile=True"),
+    "bits32-6": Row("--preset=G3,adam8 --wbits=6 --abits=6 --asym --compile=True"),
     "bits28": Row("--preset=C1,G3 --m1bits=4 --m2bits=4 --compile=True"),
     "bits24": Row("--preset=G3 --wbits=6 --abits=6 --asym --m1bits=4 --m2bits=4 --compile=True"),
     "bits24-both": Row("--wbits=6 --abits=6 --asym --gbits=4 --ggemm=both --rounding=stochastic --m1bits=4 --m2bits=4"),
@@ -360,6 +361,8 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
         losses = [final(line) for line in mine if line["status"] == "finished"]
         speeds = [line["tokens_per_s"] for line in mine if line["tokens_per_s"]]
         d = compare(done, name, "E0")
+        device = mine[0].get("device", "")  # with another number of threads sums round differently
+        threads = [f"OMP_NUM_THREADS={device.split()[1]}"] if device.startswith("CPU") else []
         rows.append({
             "id": name, "seeds": len(mine), "val_loss_mean": statistics.mean(losses) if losses else None,
             "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
@@ -370,8 +373,8 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
             "tokens_per_s": statistics.median(speeds) if speeds else None,
             **probed.get(name, dict.fromkeys(("probe_loss", "probe_bias", "probe_update"))),
             **memory(config, name), "paper": ROWS[name].paper,
-            "command": " ".join(["python", *(a for a in command(config, name, mine[0]["seed"])
-                                             if not a.startswith(("--data_dir", "--out_dir")))])})
+            "command": " ".join([*threads, "python", *(a for a in command(config, name, mine[0]["seed"])
+                                                       if not a.startswith(("--data_dir", "--out_dir")))])})
     return rows
 
 
