@@ -82,6 +82,7 @@ ROWS = {
     # controls: Adam's moments
     "adam8": Row("--preset=adam8"),
     "adam4": Row("--preset=adam4"),
+    "adam4-stochastic": Row("--preset=adam4 --m1round=stochastic --compile=True"),
     "S6-floor": Row("--preset=S6 --mfloor"),
     "m2-power8": Row("--m2bits=8 --membed32"),
     "m2-dynamic8": Row("--m2bits=8 --m2fmt=dynamic --membed32"),
