@@ -37,7 +37,7 @@ from support.lock import lock
 from support.log import read_log
 from support.presets import PRESETS, SIZES
 from train import TrainConfig
-from verdicts import TIE, chaos, compare, draw, draw_probe, final, judge
+from verdicts import NEAR, TIE, chaos, compare, draw, draw_probe, final, judge
 
 ROOT = Path(__file__).parent
 
@@ -131,9 +131,11 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
-with {chaos[1]} degrees of freedom (verdicts.py says how); below {tie} nats is no difference. Memory: one step,
-uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py). Commit and machine of each run stand in
-runs.jsonl; runs share the machine with others, so tokens_per_s are lower bounds.
+with {chaos[1]} degrees of freedom, or the row's own where a difference is {near} or more (verdicts.py says how); below
+{tie} nats is no difference; of twenty rows that change nothing, one is expected to seem to. Memory: one step,
+uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py): change of its loss in nats, bias of the
+gradient and error of Adam's update as shares of their size. Commit, data and machine of each run stand in runs.jsonl;
+runs share the machine with others, so tokens_per_s are lower bounds.
 """
 # Further papers, one row a preset; uncompiled, nvfp4 takes six times as long.
 ROWS |= {name: Row(f"--preset={name}" + " --compile=True" * name.startswith("nvfp4")) for name in extensions.PRESETS}
@@ -193,7 +195,7 @@ class SweepConfig:
     def runs(self) -> list[tuple[str, int]]:
         """Return (row, seed) of every run asked for, in the order in which they are made; E0 is always first."""
         same = f"--beta2={SIZES[self.scale]['beta2']}"  # a control of beta2 that is E0's own at this scale
-        names = self.rows.split(",") if self.rows else [n for n, row in ROWS.items() if same not in row.flags]
+        names = self.rows.split(",") if self.rows else [n for n, row in ROWS.items() if same not in row.flags.split()]
         first = SCALES[self.scale].seeds[0]
         return [(name, first + i) for name in ROWS if name in {"E0", *names} for i in range(self.seeds)]
 
@@ -202,8 +204,8 @@ def command(config: SweepConfig, name: str, seed: int) -> list[str]:
     """Return the command line of one run, behind "python"."""
     flags = f"{SCALES[config.scale].flags} {ROWS[name].flags}".split()
     presets = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
-    others = [flag for flag in flags if not flag.startswith("--preset=")]
-    return ["train.py", f"--preset={','.join(presets)}", *others, f"--seed={seed}",
+    others = {flag.partition("=")[0]: flag for flag in flags if flag not in map("--preset={}".format, presets)}
+    return ["train.py", f"--preset={','.join(presets)}", *others.values(), f"--seed={seed}",
             f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}/runs/{name}-{seed}"]
 
 
@@ -213,9 +215,13 @@ def command(config: SweepConfig, name: str, seed: int) -> list[str]:
 def read_runs(path: Path, scale: str) -> dict[tuple[str, int], dict]:
     """Return {(row, seed): what that run has measured} of runs.jsonl; a line cut off by a crash is left out."""
     lines = read_log(path) if path.exists() else []
-    lines = [line for line in lines if {"row", "seed", "status"} <= line.keys()]
-    if other := {line.get("scale", scale) for line in lines} - {scale}:
+    for line in lines:
+        if missing := {"scale", "row", "seed", "status", "step", "val_loss", "tokens_per_s", "data"} - line.keys():
+            raise ValueError(f"{path} has a line without {missing.pop()}: {str(line)[:60]}...; mend or delete it")
+    if other := {line["scale"] for line in lines} - {scale}:
         raise ValueError(f"{path} has runs of --scale={other.pop()}; choose another --out_dir for --scale={scale}")
+    if len(data := {line["data"] for line in lines}) > 1:
+        raise ValueError(f"{path} has runs of {len(data)} data sets: {', '.join(sorted(data))}; keep those of one")
     return {(line["row"], line["seed"]): line for line in lines}
 
 
@@ -235,28 +241,32 @@ def record(scale: str, name: str, seed: int, log: list[dict], status: str) -> di
 class Job:
     """One run of train.py in a process of its own; what it prints goes to train.txt in its folder."""
 
-    def __init__(self, config: SweepConfig, name: str, seed: int, threads: int):
+    def __init__(self, config: SweepConfig, name: str, seed: int):
         self.scale, self.name, self.seed = config.scale, name, seed
         args = command(config, name, seed)
         self.folder = Path(args[-1].partition("=")[2])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.output = open(self.folder / "train.txt", "a")  # noqa: SIM115 (open while the process lives)
-        self.before = self.output.tell()  # what earlier processes said
+        self.before = self.output.tell(), self.logged()  # what earlier processes said
         self.process = subprocess.Popen(
             [*(config.launcher.split() or [sys.executable]), str(ROOT / args[0]), *args[1:], "--resume=auto"],
             stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            env=os.environ | {"OMP_NUM_THREADS": "1"})  # with another number sums round differently
+
+    def logged(self) -> int:
+        """Return when log.jsonl was last written, 0 where there is none."""
+        path = self.folder / "log.jsonl"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def result(self) -> dict | None:
         """Return the record of the run once its process has ended; None where it is to be tried again."""
         self.output.close()
-        said = (self.folder / "train.txt").read_bytes()[self.before:]
+        said = (self.folder / "train.txt").read_bytes()[self.before[0]:]
         said = said.decode(errors="replace").rstrip()
-        path = self.folder / "log.jsonl"
-        log = read_log(path) if path.exists() else []
-        # a launcher has exit codes of its own; and a run may have been killed behind its last checkpoint
-        status = log[-1].get("status") if log else None
-        status = "finished" if self.process.returncode == 0 else status
+        log = read_log(self.folder / "log.jsonl") if self.logged() else []
+        # a launcher has exit codes of its own: what counts is what this process has logged
+        status = log[-1].get("status") if self.logged() > self.before[1] else None
+        status = "finished" if self.process.returncode == 0 and log else status
         if status in ("finished", "diverged"):
             return record(self.scale, self.name, self.seed, log, status)
         if any(words in said for words in ("another run trains in", "another run went on", "holds another run")):
@@ -274,9 +284,8 @@ def sweep(config: SweepConfig) -> None:
     with lock(out, f"another sweep runs in --out_dir={out}; choose another, or end that one"):
         done, wanted = read_runs(path, config.scale), config.runs()
         todo, jobs = [run for run in wanted if run not in done], []
-        threads = max(1, os.cpu_count() // config.jobs)
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done, {config.jobs} at a time of {threads} "
-              f"thread(s); a run: {SCALES[config.scale].cost}", flush=True)
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done, {config.jobs} at a time; "
+              f"a run: {SCALES[config.scale].cost}", flush=True)
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
             with open(path, "a") as file:  # a line that a crash cut off: read_log leaves it out
                 file.write("\n")
@@ -284,7 +293,7 @@ def sweep(config: SweepConfig) -> None:
         try:
             while todo or jobs:
                 while todo and len(jobs) < config.jobs:
-                    jobs.append(Job(config, *todo.pop(0), threads))
+                    jobs.append(Job(config, *todo.pop(0)))
                     while len(jobs) == 1 and jobs[0].process.poll() is None and not done \
                             and not (jobs[0].folder / "log.jsonl").exists():
                         time.sleep(0.2)  # the very first one makes the data, for all
@@ -341,7 +350,7 @@ def probes(config: SweepConfig, names: list[str]) -> dict[str, dict]:
 
 
 def memory(config: SweepConfig, name: str) -> dict[str, float]:
-    """Return MiB that one step of a row keeps for backward, allocates at most, and its bytes of moments a parameter."""
+    """Return MiB that one step of a row keeps for backward and allocates at most, and MiB of its moments."""
     if config.scale != "laptop":  # a step of it is not for every machine
         return dict.fromkeys(("kept_mib", "peak_mib", "optimizer_mib"))
     train = train_config(config, name)
@@ -362,20 +371,18 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
         losses = [final(line) for line in mine if line["status"] == "finished"]
         speeds = [line["tokens_per_s"] for line in mine if line["tokens_per_s"]]
         d = compare(done, name, "E0")
-        device = mine[0].get("device", "")  # with another number of threads sums round differently
-        threads = [f"OMP_NUM_THREADS={device.split()[1]}"] if device.startswith("CPU") else []
         rows.append({
             "id": name, "seeds": len(mine), "val_loss_mean": statistics.mean(losses) if losses else None,
             "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
             "diff_to_E0_mean": d.mean if d.pairs and name != "E0" else None,
-            "diff_to_E0_ci": d.half if d.pairs > 1 and name != "E0" else None,
+            "diff_to_E0_ci": d.half if d.half < float("inf") and name != "E0" else None,
             "diverged": ", ".join(f"{x['seed']}: step {x['step']}" for x in mine if x["status"] != "finished"),
             "verdict": d.verdict() if name != "E0" else "",
-            "tokens_per_s": statistics.median(speeds) if speeds else None,
+            "tokens_per_s": round(statistics.median(speeds)) if speeds else None,
             **probed.get(name, dict.fromkeys(("probe_loss", "probe_bias", "probe_update"))),
             **memory(config, name), "paper": ROWS[name].paper,
-            "command": " ".join([*threads, "python", *(a for a in command(config, name, mine[0]["seed"])
-                                                       if not a.startswith(("--data_dir", "--out_dir")))])})
+            "command": " ".join(["OMP_NUM_THREADS=1 python", *(
+                a for a in command(config, name, mine[0]["seed"]) if not a.startswith(("--data_dir", "--out_dir")))])})
     return rows
 
 
@@ -391,7 +398,7 @@ def report(config: SweepConfig) -> None:
 
     def cell(value: float | str | None) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE),
+    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE, near=NEAR),
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
         d = compare(done, name, base)
@@ -416,7 +423,7 @@ def main() -> None:
         config.resolve()
         if config.show:
             for name, seed in config.runs():
-                words = [config.launcher or "python", *command(config, name, seed)]
+                words = [config.launcher or "OMP_NUM_THREADS=1 python", *command(config, name, seed)]
                 print(f"{name}, seed {seed}: " + " ".join(words))
         elif config.report:
             report(config)

@@ -372,7 +372,7 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
             facts = introduce(config, processes, run.raw, run.optimizer)
             log = Log(config, run.step, processes.main)
             if not config.resume:
-                log.write(config=flatten(config), **facts)
+                log.write(config=flatten(config), data=run.meta["train"]["sha256"], **facts)
             with explain_compile_errors():
                 status, code = run.train(log)
             log.bar.close()

@@ -1,16 +1,19 @@
 """What the runs of a sweep say: differences to a row of the same seeds, their intervals, a verdict, two figures.
 
 Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed. How
-much is taken from all rows that end within NEAR of E0 together: the standard deviation of their differences within a
-row. The interval beside a mean difference is Student's at 95 %, from that deviation, or from the row's own if it is far
-away. tie: the whole interval lies within TIE; worse, better: it excludes zero; else the runs do not decide.
-(All rows share E0's runs, and so their luck.)
+much is taken from all rows that end within NEAR of E0 together: what is left of their losses once a mean for each row
+and one for each seed are fitted. The interval beside a mean difference is Student's at 95 %, from that deviation, or
+from that of the row's own differences if one of them is NEAR or more. tie: the whole interval lies within TIE; worse,
+better: it excludes zero; else the runs do not decide. All rows share E0's runs, and so their luck; and of twenty rows
+that change nothing, one is expected to exclude zero.
 """
 
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from analyze import new_figure
 
@@ -35,18 +38,21 @@ class Difference(NamedTuple):
     """A row beside another one, over the seeds that both have.
 
     mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: of which both finished.
-    diverged: seeds of which only the row's run diverged.  outlived: of which only the other's did.
+    diverged: seeds of which only the row's run diverged.  outlived: only the other's did.  both: of which both.
     """
     mean: float
     half: float
     pairs: int
     diverged: int
     outlived: int
+    both: int
 
     def verdict(self) -> str:
-        """Return tie, better, worse, diverged, not decided or not run."""
-        if not (self.pairs or self.diverged or self.outlived):
+        """Return tie, better, worse, diverged, both diverged, not decided or not run."""
+        if not any(self[2:]):
             return "not run"
+        if self.both >= self.pairs + self.diverged + self.outlived:
+            return "both diverged"
         if self.diverged > self.pairs + self.outlived:
             return f"diverged {self.diverged}/{self.diverged + self.pairs + self.outlived}"
         if self.outlived > self.pairs:
@@ -56,21 +62,28 @@ class Difference(NamedTuple):
         return "not decided" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
 
 
-def differences(done: Runs, name: str, base: str) -> tuple[list[float], int, int]:
-    """Return the differences of two rows within seeds, and how many seeds only the other or only the one finished."""
+def differences(done: Runs, name: str, base: str) -> tuple[list[float], int, int, int]:
+    """Return the differences of two rows within seeds, and how many seeds only other or one or neither finished."""
     pairs = [(done[name, s], done[base, s]) for row, s in done if row == name and (base, s) in done]
     ended = [(a["status"] == "finished", b["status"] == "finished") for a, b in pairs]
     found = [final(a) - final(b) for (a, b), both in zip(pairs, ended, strict=True) if all(both)]
-    return found, ended.count((False, True)), ended.count((True, False))
+    return found, *map(ended.count, ((False, True), (True, False), (False, False)))
 
 
 def chaos(done: Runs) -> tuple[float, int]:
-    """Return the standard deviation between seeds of a difference to E0 within seeds, and its degrees of freedom."""
-    found = [differences(done, name, "E0")[0] for name in sorted({row for row, _ in done} - {"E0"})]
-    found = [d for d in found if len(d) > 1 and max(map(abs, d)) < NEAR]
-    freedom = sum(len(d) - 1 for d in found)
-    squares = sum((x - statistics.mean(d)) ** 2 for d in found for x in d)
-    return ((squares / freedom) ** 0.5 if freedom else math.inf), freedom
+    """Return the standard deviation between seeds of a difference of two rows within seeds, and its freedom.
+
+    A loss is a mean of its row + one of its seed + noise; a difference within seeds has the noise twice. (From the
+    differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.)
+    """
+    far = {name for name, _ in done if not all(abs(x) < NEAR for x in differences(done, name, "E0")[0])}
+    runs = [run for run, line in done.items() if run[0] not in far and line["status"] == "finished"]
+    marks = sorted({mark for run in runs for mark in run}, key=str)
+    A = np.array([[float(mark in run) for mark in marks] for run in runs]).reshape(len(runs), len(marks))
+    losses = np.array([final(done[run]) for run in runs])
+    fit, _, rank, _ = np.linalg.lstsq(A, losses)
+    freedom = len(runs) - int(rank)
+    return (math.sqrt(2 * np.square(losses - A @ fit).sum() / freedom) if freedom else math.inf), freedom
 
 
 def compare(done: Runs, name: str, base: str) -> Difference:
@@ -79,7 +92,7 @@ def compare(done: Runs, name: str, base: str) -> Difference:
     if not found:
         return Difference(math.nan, math.inf, 0, *others)
     spread, freedom = chaos(done)
-    if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than chance
+    if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than this chance
         spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
     t = T95[max(n for n in T95 if n <= freedom)] if freedom else math.inf
     return Difference(statistics.mean(found), t * spread / len(found) ** 0.5, len(found), *others)
@@ -88,12 +101,14 @@ def compare(done: Runs, name: str, base: str) -> Difference:
 def judge(d: Difference, expected: str) -> str:
     """Return what the runs say of a claim that expects tie, better, worse or diverged."""
     found = d.verdict()
-    if found == "not run" or found == expected:
+    if found in ("not run", "both diverged") or found == expected:
         return "confirmed" if found == expected else found
     if found.startswith("diverged"):
         return f"confirmed: {found}" if expected in ("diverged", "worse") else f"contradicted: {found}"
-    if (expected, found) == ("diverged", "worse"):
-        return "worse, but not diverged in these runs"
+    if expected == "diverged":
+        return f"not diverged in these runs: {found}"
+    if found == "not decided" and d.half == math.inf:
+        return "one seed decides nothing but divergence"
     if expected == "tie" and abs(d.mean) - d.half <= TIE or found in ("tie", "not decided"):
         return f"not decidable here: {abs(d.mean) + d.half:.3f} at most"
     return "contradicted"

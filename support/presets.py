@@ -86,10 +86,7 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
             given["resume"] = (out / "ckpt.pt").exists()
         if given.get("resume"):
             written = (out / "ckpt.pt").stat().st_mtime_ns if (out / "ckpt.pt").exists() else 0
-            source.update(load_checkpoint(out, resume=True), written=written)
-            if auto and source["step"] >= given.get("max_iters", source["asked"].get("max_iters", 0)):
-                print(f"the run in {out} has finished its {source['step']} steps")
-                sys.exit(0)
+            source.update(load_checkpoint(out, resume=True), written=written, auto=auto)
             return {**source["asked"], "device": None}
         names = [name for name in given.get("preset", "").split(",") if name]
         if not SIZES.keys() & names:  # the size that fits the device
@@ -126,8 +123,11 @@ def go_on(config: Any, source: dict) -> Any:
             raise ValueError(f"--{name}={value} differs from the {'auto' if began is None else began} this run "
                              "began with, and would make it another run; choose another --out_dir")
     if source["step"] >= config.max_iters:
-        raise ValueError(f"the run in {config.out_dir} has finished its {source['step']} steps; "
-                         "a larger --max_iters goes on")
+        finished = f"the run in {config.out_dir} has finished its {source['step']} steps"
+        if source["auto"]:
+            print(finished)
+            sys.exit(0)
+        raise ValueError(f"{finished}; a larger --max_iters goes on")
     source["asked"] = flat  # with the free flags of today
     chosen = {name: value for name, value in source["config"].items() if name not in FREE_ON_RESUME}
     return build(type(config), {**flat, **chosen})
