@@ -1,9 +1,9 @@
-"""Does a recipe's loss grow with the model? python results/sizes.py FOLDER FOLDER [...], of sweep.py, one a size.
+"""Does a recipe's loss grow with the model? python results/sizes.py SCALE SCALE [...] of sweep.py, from results/.
 
-Takes every row that ran in all of the folders; writes results/sizes.csv and results/sizes.png, and prints the table:
-difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. The last column is the
-exponent k of |difference| ~ parameters**k and the range of it over 2,000 draws from the intervals; the prediction at
-124M parameters follows from the fit and is a prediction, not a measurement.
+Takes every row that ran at all of the scales; writes results/sizes.csv and results/sizes.png, and prints the table:
+difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. From three scales on, the
+last columns are the exponent k of |difference| ~ parameters**k and the range of it over 2,000 draws from the intervals;
+the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
 """
 
 import math
@@ -15,24 +15,18 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from analyze import new_figure, write_csv  # noqa: E402
-from support.log import read_log  # noqa: E402
+from sweep import read_runs  # noqa: E402
 from verdicts import compare  # noqa: E402
 
 TARGET = 124e6  # parameters of GPT-2
 
 
-def read(folder: str) -> tuple[int, dict]:
-    """Return the parameters of a folder's models and its runs."""
-    lines = [line for line in read_log(Path(folder, "runs.jsonl")) if "row" in line]
-    return lines[-1]["parameters"], {(line["row"], line["seed"]): line for line in lines}
-
-
 def fit(sizes: np.ndarray, means: np.ndarray, halves: np.ndarray) -> dict[str, float]:
     """Return exponent and prediction of a power law through the means, with 95 % of 2,000 draws around them."""
-    draws = np.random.default_rng(0).normal(means, halves / 2, (2000, len(means)))
+    draws = np.random.default_rng(0).normal(means, halves / 2, (2000, len(means)))  # half: 2 deviations, or more
     draws = np.vstack((means, draws))
     draws = draws[(draws > 0).all(1)]  # a law of growth needs a loss that is above zero at every size
-    if len(draws) < 1800 or (means <= 0).any():
+    if len(draws) < 1800 or (means <= 0).any() or len(means) < 3:
         return dict.fromkeys(("k", "k_low", "k_high", "at_124M", "low", "high"), math.nan)
     k, c = np.polyfit(np.log(sizes), np.log(draws.T), 1)  # one column a draw
     at = np.exp(c + k * np.log(TARGET))
@@ -41,7 +35,8 @@ def fit(sizes: np.ndarray, means: np.ndarray, halves: np.ndarray) -> dict[str, f
 
 
 if __name__ == "__main__":
-    found = sorted(map(read, sys.argv[1:]), key=lambda pair: pair[0])
+    found = [read_runs(ROOT / "results" / scale / "runs.jsonl", scale) for scale in sys.argv[1:]]
+    found = sorted(((done["E0", 1]["parameters"], done) for done in found), key=lambda pair: pair[0])
     sizes = np.array([n for n, _ in found], float)
     names = [name for name in dict.fromkeys(row for row, _ in found[-1][1]) if name != "E0"
              and all(compare(done, name, "E0").pairs for _, done in found)]
@@ -55,7 +50,7 @@ if __name__ == "__main__":
                                      for key, v in (("mean", m), ("half", h))}, **law})
         panels[0][0].errorbar(sizes, means, halves, fmt="o-", capsize=3, label=name)
         cells = [f"{m:+.4f} +- {h:.4f}" for m, h in zip(means, halves, strict=True)]
-        said = ["not above 0", ""] if math.isnan(law["k"]) else [
+        said = ["", ""] if math.isnan(law["k"]) else [
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
             f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]
         print(f"| {name} | " + " | ".join(cells + said) + " |")
