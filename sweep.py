@@ -195,7 +195,8 @@ class SweepConfig:
     def runs(self) -> list[tuple[str, int]]:
         """Return (row, seed) of every run asked for, in the order in which they are made; E0 is always first."""
         same = f"--beta2={SIZES[self.scale]['beta2']}"  # a control of beta2 that is E0's own at this scale
-        names = self.rows.split(",") if self.rows else [n for n, row in ROWS.items() if same not in row.flags.split()]
+        names = [name for name, row in ROWS.items() if same not in row.flags.split()]
+        names = self.rows.split(",") if self.rows else names
         first = SCALES[self.scale].seeds[0]
         return [(name, first + i) for name in ROWS if name in {"E0", *names} for i in range(self.seeds)]
 
@@ -204,8 +205,8 @@ def command(config: SweepConfig, name: str, seed: int) -> list[str]:
     """Return the command line of one run, behind "python"."""
     flags = f"{SCALES[config.scale].flags} {ROWS[name].flags}".split()
     presets = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
-    others = {flag.partition("=")[0]: flag for flag in flags if flag not in map("--preset={}".format, presets)}
-    return ["train.py", f"--preset={','.join(presets)}", *others.values(), f"--seed={seed}",
+    last = {flag.partition("=")[0]: flag for flag in flags} | {"--preset": f"--preset={','.join(presets)}"}
+    return ["train.py", *last.values(), f"--seed={seed}",
             f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}/runs/{name}-{seed}"]
 
 
