@@ -398,7 +398,7 @@ def report(config: SweepConfig) -> None:
     write_csv(rows, out / "table.csv")
 
     def cell(value: float | str | None) -> str:
-        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE, near=NEAR),
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
