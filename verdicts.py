@@ -64,7 +64,7 @@ class Difference(NamedTuple):
 
 def differences(done: Runs, name: str, base: str) -> tuple[list[float], int, int, int]:
     """Return the differences of two rows within seeds, and how many seeds only other or one or neither finished."""
-    pairs = [(done[name, s], done[base, s]) for row, s in done if row == name and (base, s) in done]
+    pairs = [(done[name, s], done[base, s]) for row, s in sorted(done) if row == name and (base, s) in done]
     ended = [(a["status"] == "finished", b["status"] == "finished") for a, b in pairs]
     found = [final(a) - final(b) for (a, b), both in zip(pairs, ended, strict=True) if all(both)]
     return found, *map(ended.count, ((False, True), (True, False), (False, False)))
@@ -86,6 +86,11 @@ def chaos(done: Runs) -> tuple[float, int]:
     return (math.sqrt(2 * np.square(losses - A @ fit).sum() / freedom) if freedom else math.inf), freedom
 
 
+def student(freedom: int) -> float:
+    """Return Student's t, two-sided 95 %; of the next lower entry of T95."""
+    return T95[max(n for n in T95 if n <= freedom)] if freedom else math.inf
+
+
 def compare(done: Runs, name: str, base: str) -> Difference:
     """Return the difference of two rows within seeds."""
     found, *others = differences(done, name, base)
@@ -94,8 +99,7 @@ def compare(done: Runs, name: str, base: str) -> Difference:
     spread, freedom = chaos(done)
     if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than this chance
         spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
-    t = T95[max(n for n in T95 if n <= freedom)] if freedom else math.inf
-    return Difference(statistics.mean(found), t * spread / len(found) ** 0.5, len(found), *others)
+    return Difference(statistics.mean(found), student(freedom) * spread / len(found) ** 0.5, len(found), *others)
 
 
 def judge(d: Difference, expected: str) -> str:
