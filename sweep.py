@@ -1,6 +1,6 @@
 """Rerun the study of arXiv 2407.11722: every row of its matrix, its controls, several seeds, and a verdict per claim.
 
-    python sweep.py                                   # some 14 hours of two cores; cut off, it goes on where it was
+    python sweep.py                                   # some 12 hours of two cores; cut off, it goes on
     python sweep.py --rows=E0,C1,W4 --seeds=1         # a part of it
     python sweep.py --report                          # tables and figures of the runs there are
     python sweep.py --scale=paper --show              # only print the commands
@@ -194,7 +194,7 @@ class SweepConfig:
 
     def runs(self) -> list[tuple[str, int]]:
         """Return (row, seed) of every run asked for, in the order in which they are made; E0 is always first."""
-        same = f"--beta2={SIZES[self.scale]['beta2']}"  # a control of beta2 that is E0's own at this scale
+        same = f"--beta2={SIZES[self.scale]['beta2']}"  # a control that is E0's own at this scale
         names = [name for name, row in ROWS.items() if same not in row.flags.split()]
         names = self.rows.split(",") if self.rows else names
         first = SCALES[self.scale].seeds[0]
@@ -222,7 +222,7 @@ def read_runs(path: Path, scale: str) -> dict[tuple[str, int], dict]:
     if other := {line["scale"] for line in lines} - {scale}:
         raise ValueError(f"{path} has runs of --scale={other.pop()}; choose another --out_dir for --scale={scale}")
     if len(data := {line["data"] for line in lines}) > 1:
-        raise ValueError(f"{path} has runs of {len(data)} data sets: {', '.join(sorted(data))}; keep those of one")
+        raise ValueError(f"{path} has runs of {len(data)} data sets, {', '.join(data)}; keep one's")
     return {(line["row"], line["seed"]): line for line in lines}
 
 

@@ -76,14 +76,17 @@ def chaos(done: Runs) -> tuple[float, int]:
     A loss is a mean of its row + one of its seed + noise; a difference within seeds has the noise twice. (From the
     differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.)
     """
-    far = {name for name, _ in done if not all(abs(x) < NEAR for x in differences(done, name, "E0")[0])}
+    far = {name for name, _ in done if max(map(abs, differences(done, name, "E0")[0]), default=0) >= NEAR}
     runs = [run for run, line in done.items() if run[0] not in far and line["status"] == "finished"]
     marks = sorted({mark for run in runs for mark in run}, key=str)
-    A = np.array([[float(mark in run) for mark in marks] for run in runs]).reshape(len(runs), len(marks))
+    A = np.array([[float(mark in run) for mark in marks] for run in runs])
     losses = np.array([final(done[run]) for run in runs])
+    if not runs:
+        return math.inf, 0
     fit, _, rank, _ = np.linalg.lstsq(A, losses)
     freedom = len(runs) - int(rank)
-    return (math.sqrt(2 * np.square(losses - A @ fit).sum() / freedom) if freedom else math.inf), freedom
+    rest = float(np.square(losses - A @ fit).sum())
+    return math.sqrt(2 * rest / freedom) if freedom else math.inf, freedom
 
 
 def student(freedom: int) -> float:
@@ -99,7 +102,8 @@ def compare(done: Runs, name: str, base: str) -> Difference:
     spread, freedom = chaos(done)
     if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than this chance
         spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
-    return Difference(statistics.mean(found), student(freedom) * spread / len(found) ** 0.5, len(found), *others)
+    half = student(freedom) * spread / len(found) ** 0.5
+    return Difference(statistics.mean(found), half, len(found), *others)
 
 
 def judge(d: Difference, expected: str) -> str:
