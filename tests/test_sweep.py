@@ -85,11 +85,13 @@ def test_the_spread_of_simulated_runs():
 
 
 @pytest.mark.parametrize("numbers, verdict, judged", [
-    ((0.005, 0.01, 3, 0, 0, 0), "tie", {"tie": "confirmed", "worse": "not decidable here: 0.0", "diverged": "not div"}),
+    ((0.005, 0.01, 3, 0, 0, 0), "tie", {"tie": "confirmed", "worse": "not decidable here: 0.015 at most",
+                                        "diverged": "not diverged in these runs: tie"}),
     ((0.005, 0.002, 3, 0, 0, 0), "tie", {"tie": "confirmed", "worse": "not decidable"}),
     ((0.01, 0.02, 3, 0, 0, 0), "not decided", {"tie": "not decidable here: 0.030", "worse": "not decidable"}),
     ((0.03, 0.02, 3, 0, 0, 0), "worse", {"worse": "confirmed", "tie": "not decidable", "better": "contradicted"}),
-    ((0.10, 0.02, 3, 0, 0, 0), "worse", {"worse": "confirmed", "tie": "contradicted", "diverged": "not div"}),
+    ((0.10, 0.02, 3, 0, 0, 0), "worse", {"worse": "confirmed", "tie": "contradicted",
+                                          "diverged": "not diverged in these runs: worse"}),
     ((-.10, 0.02, 3, 0, 0, 0), "better", {"better": "confirmed", "worse": "contradicted", "tie": "contradicted"}),
     ((0.10, 0.02, 1, 2, 0, 0), "diverged 2/3", {"diverged": "confirmed", "worse": "confirmed", "tie": "contradicted"}),
     ((0.10, 0.02, 2, 1, 0, 0), "worse", {"diverged": "not diverged"}),
