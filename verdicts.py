@@ -79,7 +79,7 @@ def chaos(done: Runs) -> tuple[float, int]:
     far = {name for name, _ in done if max(map(abs, differences(done, name, "E0")[0]), default=0) >= NEAR}
     runs = [run for run, line in done.items() if run[0] not in far and line["status"] == "finished"]
     marks = sorted({mark for run in runs for mark in run}, key=str)
-    A = np.array([[float(mark in run) for mark in marks] for run in runs])
+    A = np.array([[float(mark in run) for mark in marks] for run in runs])  # (runs, rows + seeds)
     losses = np.array([final(done[run]) for run in runs])
     if not runs:
         return math.inf, 0
