@@ -105,6 +105,8 @@ ROWS = {
     "G2-both": Row("--preset=G2 --ggemm=both"),
     "G2-fused": Row("--gbits=8"),
     "G2-stochastic": Row("--preset=G2 --rounding=stochastic"),
+    "G3-3bits": Row("--preset=G3 --gbits=3"),
+    "G3-2bits": Row("--preset=G3 --gbits=2"),
     "G3-both": Row("--preset=G3 --ggemm=both"),
     "G3-input": Row("--preset=G3 --ggemm=grad_input"),
     "G3-stochastic": Row("--preset=G3 --rounding=stochastic"),
@@ -153,6 +155,8 @@ SCALES = {
                     "220,000 parameters, 4.6M tokens, 4 to 9 minutes of one core"),
     "laptop-small": Scale("--preset=laptop-small --compile=False --sample_tokens=0", (1, 2, 3),
                           "64,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
+    "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
+                          "491,000 parameters, 9.8M tokens, some 20 minutes of one core"),
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),
@@ -162,7 +166,7 @@ SCALES = {
 @dataclass
 class SweepConfig:
     """Run the matrix, or report on it."""
-    scale: Literal["laptop", "laptop-small", "gpu", "paper"] = "laptop"  # how large the runs are
+    scale: Literal["laptop", "laptop-small", "laptop-large", "gpu", "paper"] = "laptop"  # how large the runs are
     rows: str = ""  # ids separated by commas; empty: all
     seeds: int | None = None  # how many; auto: 3, or 1 at the paper's scale
     jobs: int | None = None  # runs at a time; auto: one a core without a GPU, else one

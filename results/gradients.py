@@ -1,0 +1,45 @@
+"""How wrong are few-bit gradients of a whole batch? python results/gradients.py DATA RUN [...]: folders of E0's runs.
+
+Per number of batches n whose gradients are averaged (16 windows each), of the block linears' weights: the size of the
+mean gradient, and by how much of it the same mean differs with g rounded per token, as the paper's G2 and G3 are. What
+is noise of the batch or of stochastic rounding falls as n**-0.5; what is left is bias. Last: the same with the official
+code's floor under the scales. 1e-9 there is 6.4e-8 here: its micro-batch's loss is divided by 64 times as many tokens.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import quant  # noqa: E402
+from probe import Probe, compare_gradients, flat_norm  # noqa: E402
+
+BATCHES = (1, 16, 64)
+
+
+def means(probe: Probe, flags: dict) -> list[dict[str, torch.Tensor]]:
+    """Return the mean gradient of the first n batches for each n of BATCHES."""
+    total, found = {}, []
+    for n, (_, grads) in enumerate(probe.passes(probe.model(flags)), 1):
+        total = {k: g + total.get(k, 0) for k, g in grads.items() if k.startswith("h.") and g.dim() == 2}
+        found += [{k: t / n for k, t in total.items()}] * (n in BATCHES)
+    return found
+
+
+if __name__ == "__main__":
+    probes = [Probe(run, BATCHES[-1], data_dir=sys.argv[1]) for run in sys.argv[2:]]
+    exact = [means(probe, {}) for probe in probes]
+    print("| operand | " + " | ".join(f"{n} x 2,048 tokens" for n in BATCHES) + " |\n|---|" + "---|" * len(BATCHES))
+    sizes = [statistics.mean(map(flat_norm, of_n)) for of_n in zip(*exact, strict=True)]
+    print("| size of the mean gradient | " + " | ".join(f"{size:.3f}" for size in sizes) + " |")
+    rows = [(b, where, how, quant.SCALE_FLOOR) for where in ("grad_weight", "both") for how in ("nearest", "stochastic")
+            for b in (8, 4, 3, 2)] + [(b, "grad_weight", "nearest", 6.4e-8) for b in (8, 4)]
+    for bits, where, how, quant.SCALE_FLOOR in rows:
+        flags = dict(gbits=bits, ggemm=where, rounding=how, split_qkv=True)
+        errors = [[compare_gradients([e], [f], list(e))["error"] for e, f in zip(ex, means(p, flags), strict=True)]
+                  for p, ex in zip(probes, exact, strict=True)]
+        errors = map(statistics.mean, zip(*errors, strict=True))
+        floor = ", official floor" if quant.SCALE_FLOOR > 1e-30 else ""
+        print(f"| G{bits} in {where}, {how}{floor} | " + " | ".join(f"{e:.3f}" for e in errors) + " |", flush=True)
