@@ -107,6 +107,7 @@ ROWS = {
     "G2-stochastic": Row("--preset=G2 --rounding=stochastic"),
     "G3-3bits": Row("--preset=G3 --gbits=3"),
     "G3-2bits": Row("--preset=G3 --gbits=2"),
+    "G3-2bits-stochastic": Row("--preset=G3 --gbits=2 --rounding=stochastic"),
     "G3-both": Row("--preset=G3 --ggemm=both"),
     "G3-input": Row("--preset=G3 --ggemm=grad_input"),
     "G3-stochastic": Row("--preset=G3 --rounding=stochastic"),
