@@ -2,7 +2,8 @@
 
 Rows of scale laptop that end within 0.02 nats of E0 count as one and the same recipe. Prints, for each evaluation of a
 run, the standard deviation over all their runs and the correlation with the last one; then, from the checkpoints on
-all windows of the validation split, what the choice of windows alone would make of it, and each tenth's share.
+all windows of the validation split, what the choice of windows alone would make of it, and each tenth's share. Before
+that, of all rows, the runs whose first evaluation is LATE nats or more above that of E0 with the same seed.
 """
 
 import sys
@@ -22,6 +23,7 @@ from sweep import read_runs  # noqa: E402
 from verdicts import compare  # noqa: E402
 
 LAPTOP = ROOT / "results/laptop"
+LATE = 0.1
 
 
 @torch.no_grad()
@@ -37,6 +39,10 @@ def by_window(folder: Path, windows: torch.Tensor) -> np.ndarray:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     done = read_runs(LAPTOP / "runs.jsonl", "laptop")
+    for (row, seed), line in done.items():
+        (step, _, loss), (*_, other) = (x["val_loss"][1] for x in (line, done["E0", seed]))
+        if loss - other >= LATE:
+            print(f"{row}, seed {seed}: {loss:.3f} at step {step} ({loss - other:+.3f} to E0)")
     runs = sorted(run for run in done if run[0] == "E0" or abs(compare(done, run[0], "E0").mean) < 0.02)
     losses = np.array([[loss for *_, loss in done[run]["val_loss"][1:]] for run in runs])  # (runs, evaluations)
     print(f"{len(runs)} runs of {', '.join(sorted({row for row, _ in runs}))}")
