@@ -2,8 +2,9 @@
 
 Per number of batches n whose gradients are averaged (16 windows each), of the block linears' weights: the size of the
 mean gradient, and by how much of it the same mean differs with g rounded per token, as the paper's G2 and G3 are. What
-is noise of the batch or of stochastic rounding falls as n**-0.5; what is left is bias. Last: the same with the official
-code's floor under the scales. 1e-9 there is 6.4e-8 here: its micro-batch's loss is divided by 64 times as many tokens.
+is noise of the batch or of stochastic rounding falls as n**-0.5; what is left is bias. Slope: how much of the exact
+mean's length is found along it. Last: the same with the official code's floor under the scales. 1e-9 there is 6.4e-8
+here: its micro-batch's loss is divided by 64 times as many tokens.
 """
 
 import statistics
@@ -30,16 +31,21 @@ def means(probe: Probe, flags: dict) -> list[dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     probes = [Probe(run, BATCHES[-1], data_dir=sys.argv[1]) for run in sys.argv[2:]]
+    for probe in probes:  # its batches are pieces of the text, one after the other: mix the windows
+        order = torch.randperm(probe.batches[..., 0].numel(), generator=torch.Generator().manual_seed(0))
+        probe.batches = probe.batches.flatten(0, 1)[order].view_as(probe.batches)
     exact = [means(probe, {}) for probe in probes]
-    print("| operand | " + " | ".join(f"{n} x 2,048 tokens" for n in BATCHES) + " |\n|---|" + "---|" * len(BATCHES))
+    print("| g | " + " | ".join(f"{n} x 2,048 tokens" for n in BATCHES) + " | slope of the last |\n" + "|---" * 5 + "|")
     sizes = [statistics.mean(map(flat_norm, of_n)) for of_n in zip(*exact, strict=True)]
-    print("| size of the mean gradient | " + " | ".join(f"{size:.3f}" for size in sizes) + " |")
+    print("| size of the mean gradient | " + " | ".join(f"{size:.3f}" for size in sizes) + " | |")
     rows = [(b, where, how, quant.SCALE_FLOOR) for where in ("grad_weight", "both") for how in ("nearest", "stochastic")
             for b in (8, 4, 3, 2)] + [(b, "grad_weight", "nearest", 6.4e-8) for b in (8, 4)]
     for bits, where, how, quant.SCALE_FLOOR in rows:
         flags = dict(gbits=bits, ggemm=where, rounding=how, split_qkv=True)
-        errors = [[compare_gradients([e], [f], list(e))["error"] for e, f in zip(ex, means(p, flags), strict=True)]
-                  for p, ex in zip(probes, exact, strict=True)]
-        errors = map(statistics.mean, zip(*errors, strict=True))
+        found = [[compare_gradients([e], [f], list(e)) for e, f in zip(ex, means(p, flags), strict=True)]
+                 for p, ex in zip(probes, exact, strict=True)]
+        errors = [statistics.mean(of_run[i]["error"] for of_run in found) for i in range(len(BATCHES))]
+        slope = statistics.mean(of_run[-1]["slope"] for of_run in found)
         floor = ", official floor" if quant.SCALE_FLOOR > 1e-30 else ""
-        print(f"| G{bits} in {where}, {how}{floor} | " + " | ".join(f"{e:.3f}" for e in errors) + " |", flush=True)
+        numbers = " | ".join(f"{x:.3f}" for x in (*errors, slope))
+        print(f"| {bits} bits in {where}, {how}{floor} | {numbers} |", flush=True)

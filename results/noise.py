@@ -1,9 +1,9 @@
 """Where the scatter between seeds comes from: python results/noise.py DATA, from the runs and checkpoints of sweep.py.
 
-Rows of scale laptop that end within 0.02 nats of E0 count as one and the same recipe. Prints, for each evaluation of a
-run, the standard deviation over all their runs and the correlation with the last one; then, from the checkpoints on
-all windows of the validation split, what the choice of windows alone would make of it, and each tenth's share. Before
-that, of all rows, the runs whose first evaluation is LATE nats or more above that of E0 with the same seed.
+Prints the late runs of scale laptop: at the first evaluation LATE nats or more above E0 with the same seed. Then rows
+that end within 0.02 nats of E0 count as one and the same recipe, without late runs: for each evaluation of a run, the
+standard deviation over all their runs and the correlation with the last one; from the checkpoints on all windows of
+the validation split, what the choice of windows alone would make of it, and each tenth's share.
 """
 
 import sys
@@ -39,11 +39,14 @@ def by_window(folder: Path, windows: torch.Tensor) -> np.ndarray:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     done = read_runs(LAPTOP / "runs.jsonl", "laptop")
+    late = set()
     for (row, seed), line in done.items():
         (step, _, loss), (*_, other) = (x["val_loss"][1] for x in (line, done["E0", seed]))
         if loss - other >= LATE:
+            late.add((row, seed))
             print(f"{row}, seed {seed}: {loss:.3f} at step {step} ({loss - other:+.3f} to E0)")
-    runs = sorted(run for run in done if run[0] == "E0" or abs(compare(done, run[0], "E0").mean) < 0.02)
+    runs = sorted(run for run in done.keys() - late
+                  if run[0] == "E0" or abs(compare(done, run[0], "E0").mean) < 0.02)
     losses = np.array([[loss for *_, loss in done[run]["val_loss"][1:]] for run in runs])  # (runs, evaluations)
     print(f"{len(runs)} runs of {', '.join(sorted({row for row, _ in runs}))}")
     for i, (step, *_) in enumerate(done[runs[0]]["val_loss"][1:]):
