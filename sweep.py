@@ -157,7 +157,7 @@ SCALES = {
     "laptop-small": Scale("--preset=laptop-small --compile=False --sample_tokens=0", (1, 2, 3),
                           "64,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
-                          "491,000 parameters, 9.8M tokens, some 20 minutes of one core"),
+                          "491,000 parameters, 9.8M tokens; not run yet, and its learning rate not tuned"),
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),
@@ -227,7 +227,7 @@ def read_runs(path: Path, scale: str) -> dict[tuple[str, int], dict]:
     if other := {line["scale"] for line in lines} - {scale}:
         raise ValueError(f"{path} has runs of --scale={other.pop()}; choose another --out_dir for --scale={scale}")
     if len(data := {line["data"] for line in lines}) > 1:
-        raise ValueError(f"{path} has runs of {len(data)} data sets, {', '.join(data)}; keep one's")
+        raise ValueError(f"{path} has runs of {len(data)} data sets ({', '.join(sorted(data))}); keep those of one")
     return {(line["row"], line["seed"]): line for line in lines}
 
 

@@ -122,7 +122,7 @@ def test_report(tmp_path, call):
     assert min((tmp_path / name).stat().st_size for name in ("curves.png", "probe.png")) > 10_000
     broken = line("E0", 1, 1.0)
     for lines, message in (([], "has no run of E0 yet"), ([{"row": "E0", "seed": 1}], "has a line without "),
-                           ([broken, broken | {"data": "d"}], "has runs of 2 data sets, "),
+                           ([broken, broken | {"data": "d"}], "has runs of 2 data sets (abc, d)"),
                            ([broken | {"scale": "gpu"}], "has runs of --scale=gpu")):
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         code, out, err = call(sweep.main, "--report", f"--out_dir={tmp_path}")
