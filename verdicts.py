@@ -1,11 +1,11 @@
 """What the runs of a sweep say: differences to a row of the same seeds, their intervals, a verdict, two figures.
 
-Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed. How
-much is taken from all rows that end within NEAR of E0 together: what is left of their losses once a mean for each row
-and one for each seed are fitted. The interval beside a mean difference is Student's at 95 %, from that deviation, or
-from that of the row's own differences if one of them is NEAR or more. tie: the whole interval lies within TIE; worse,
-better: it excludes zero; else the runs do not decide. All rows share E0's runs, and so their luck; and of twenty rows
-that change nothing, one is expected to exclude zero.
+Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed.
+How much is taken from all rows that end within NEAR of E0 together, late runs apart: what is left of their losses
+once a mean for each row and one for each seed are fitted. The interval beside a mean difference is Student's at 95 %,
+from that deviation, or from that of the row's own differences if one of them is NEAR or more. tie: the whole interval
+lies within TIE; worse, better: it excludes zero; else the runs do not decide. All rows share E0's runs, and so their
+luck; and of twenty rows that change nothing, one is expected to exclude zero.
 """
 
 import math
@@ -74,10 +74,13 @@ def chaos(done: Runs) -> tuple[float, int]:
     """Return the standard deviation between seeds of a difference of two rows within seeds, and its freedom.
 
     A loss is a mean of its row + one of its seed + noise; a difference within seeds has the noise twice. (From the
-    differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.)
+    differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.) Left out are
+    rows whose median difference to E0 is NEAR or more, and runs that far from their row's: late ones, results/noise.md.
     """
-    far = {name for name, _ in done if max(map(abs, differences(done, name, "E0")[0]), default=0) >= NEAR}
-    runs = [run for run, line in done.items() if run[0] not in far and line["status"] == "finished"]
+    ends = {(name, s): final(line) - final(done["E0", s]) for (name, s), line in done.items() if ("E0", s) in done}
+    ends = {run: end for run, end in ends.items() if math.isfinite(end)}
+    middle = {name: statistics.median(end for (row, _), end in ends.items() if row == name) for name, _ in ends}
+    runs = [run for run, end in ends.items() if max(abs(middle[run[0]]), abs(end - middle[run[0]])) < NEAR]
     marks = sorted({mark for run in runs for mark in run}, key=str)
     A = np.array([[float(mark in run) for mark in marks] for run in runs])  # (runs, rows + seeds)
     losses = np.array([final(done[run]) for run in runs])

@@ -63,8 +63,10 @@ def test_differences_are_within_seeds():
     assert d.mean == pytest.approx(0.01) and d[2:] == (3, 0, 0, 0) and freedom == 9 - 3 - 4 + 1  # A4 is far away
     assert d.half == pytest.approx(3.182 * spread / math.sqrt(3))
     assert verdicts.compare(done, "A4", "E0").half == pytest.approx(12.706 * 8.2 / 2)  # its own spread, of .5 and 8.7
-    done["C1", 1] = line("C1", 1, 1.3, "diverged")
-    assert verdicts.compare(done, "C1", "E0")[2:] == (2, 1, 0, 0) and math.isnan(verdicts.final(done["C1", 1]))
+    done["C1", 3] = line("C1", 3, 9.5)  # one late run: the row's others still count, it has an interval of its own
+    assert verdicts.chaos(done) == (spread, freedom) and verdicts.compare(done, "C1", "E0").half > 20 * spread
+    done["C1", 1], done["C1", 3] = line("C1", 1, 1.3, "diverged"), line("C1", 3, 9.5, "diverged")
+    assert verdicts.compare(done, "C1", "E0")[2:] == (2, 2, 0, 0) and math.isnan(verdicts.final(done["C1", 1]))
     assert verdicts.compare(done, "W2", "C1")[2:] == (1, 0, 1, 0)
     done = {(row, s): line(row, s, 1.0, "diverged") for row in ("E0", "W3", "W4") for s in range(2)}
     assert verdicts.compare(done, "W3", "W4").verdict() == "both diverged" and verdicts.chaos(done) == (math.inf, 0)
