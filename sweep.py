@@ -37,7 +37,7 @@ from support.lock import lock
 from support.log import read_log
 from support.presets import PRESETS, SIZES
 from train import TrainConfig
-from verdicts import NEAR, TIE, chaos, compare, draw, draw_probe, final, judge
+from verdicts import TIE, WIDE, chaos, compare, draw, draw_probe, final, judge
 
 ROOT = Path(__file__).parent
 
@@ -134,7 +134,7 @@ HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
 `python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
 Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
-with {chaos[1]} degrees of freedom, or the row's own where a difference is {near} or more (verdicts.py says how); below
+with {chaos[1]} degrees of freedom, or the row's own where that is {wide} times as large (verdicts.py says how); below
 {tie} nats is no difference; of twenty rows that change nothing, one is expected to seem to. Memory: one step,
 uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py): change of its loss in nats, bias of the
 gradient and error of Adam's update as shares of their size. Commit, data and machine of each run stand in runs.jsonl;
@@ -404,7 +404,7 @@ def report(config: SweepConfig) -> None:
 
     def cell(value: float | str | None) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE, near=NEAR),
+    lines = [HEAD.format(scale=config.scale, runs=len(done), chaos=chaos(done), tie=TIE, wide=WIDE),
              "| claim of the paper | difference | verdict |", "|---|---|---|"]
     for name, (_, claim, expected, base) in ((n, row) for n, row in ROWS.items() if row.expects):
         d = compare(done, name, base)

@@ -3,9 +3,9 @@
 Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed.
 How much is taken from all rows that end within NEAR of E0 together, late runs apart: what is left of their losses
 once a mean for each row and one for each seed are fitted. The interval beside a mean difference is Student's at 95 %,
-from that deviation, or from that of the row's own differences if one of them is NEAR or more. tie: the whole interval
-lies within TIE; worse, better: it excludes zero; else the runs do not decide. All rows share E0's runs, and so their
-luck; and of twenty rows that change nothing, one is expected to exclude zero.
+from that deviation, or from that of the row's own differences if these scatter WIDE times as much. tie: the whole
+interval lies within TIE; worse, better: it excludes zero, or each pair by itself would; else the runs do not decide.
+All rows share E0's runs, and so their luck; and of twenty rows that change nothing, one is expected to exclude zero.
 """
 
 import math
@@ -17,7 +17,8 @@ import numpy as np
 
 from analyze import new_figure
 
-NEAR = 0.1  # nats from E0: rows whose spread tells how chaotic training is at this scale
+NEAR = 0.1  # nats from E0: rows whose scatter tells how chaotic training is at this scale
+WIDE = 2.5  # a row whose differences scatter that many times as much has an interval of its own
 TIE = 0.02  # nats: less than this between two recipes is called no difference
 # Student's t, two-sided 95 %, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131,
@@ -39,6 +40,7 @@ class Difference(NamedTuple):
 
     mean: nats per token, nan if no pair finished.  half: of the 95 % interval.  pairs: of which both finished.
     diverged: seeds of which only the row's run diverged.  outlived: only the other's did.  both: of which both.
+    each: 1 if every pair for itself is worse than chance could make it, -1 if better, else 0.
     """
     mean: float
     half: float
@@ -46,20 +48,24 @@ class Difference(NamedTuple):
     diverged: int
     outlived: int
     both: int
+    each: int = 0
 
     def verdict(self) -> str:
         """Return tie, better, worse, diverged, both diverged, not decided or not run."""
-        if not any(self[2:]):
-            return "not run"
-        if self.both >= self.pairs + self.diverged + self.outlived:
+        seeds = self.pairs + self.diverged + self.outlived + self.both
+        if self.both >= max(1, seeds - self.both):
             return "both diverged"
         if self.diverged > self.pairs + self.outlived:
-            return f"diverged {self.diverged}/{self.diverged + self.pairs + self.outlived}"
-        if self.outlived > self.pairs:
+            return f"diverged {self.diverged}/{seeds - self.both}"
+        if self.outlived > self.pairs + self.diverged:
             return "better"
+        if not self.pairs:
+            return "not decided" if seeds else "not run"
         if abs(self.mean) + self.half <= TIE:
             return "tie"
-        return "not decided" if abs(self.mean) <= self.half else "worse" if self.mean > 0 else "better"
+        if abs(self.mean) <= self.half and not self.each:
+            return "not decided"
+        return "worse" if self.mean > 0 else "better"
 
 
 def differences(done: Runs, name: str, base: str) -> tuple[list[float], int, int, int]:
@@ -103,10 +109,13 @@ def compare(done: Runs, name: str, base: str) -> Difference:
     if not found:
         return Difference(math.nan, math.inf, 0, *others)
     spread, freedom = chaos(done)
-    if max(map(abs, found)) >= NEAR:  # its own: what breaks, breaks by more than this chance
-        spread, freedom = statistics.stdev(found) if len(found) > 1 else math.inf, len(found) - 1
-    half = student(freedom) * spread / len(found) ** 0.5
-    return Difference(statistics.mean(found), half, len(found), *others)
+    chance = student(freedom) * spread  # of one pair
+    each = int(min(found) > chance) - int(max(found) < -chance) if len(found) > 1 else 0
+    if len(found) == 1 and abs(found[0]) >= NEAR:
+        spread, freedom = math.inf, 0
+    elif len(found) > 1 and (not freedom or statistics.stdev(found) > WIDE * spread):
+        spread, freedom = statistics.stdev(found), len(found) - 1
+    return Difference(statistics.mean(found), student(freedom) * spread / len(found) ** 0.5, len(found), *others, each)
 
 
 def judge(d: Difference, expected: str) -> str:
@@ -120,7 +129,7 @@ def judge(d: Difference, expected: str) -> str:
         return f"not diverged in these runs: {found}"
     if found == "not decided" and d.half == math.inf:
         return "one seed decides nothing but divergence"
-    if expected == "tie" and abs(d.mean) - d.half <= TIE or found in ("tie", "not decided"):
+    if expected == "tie" and abs(d.mean) - d.half <= TIE and not d.each or found in ("tie", "not decided"):
         return f"not decidable here: {abs(d.mean) + d.half:.3f} at most"
     return "contradicted"
 

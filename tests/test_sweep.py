@@ -60,14 +60,19 @@ def test_differences_are_within_seeds():
     losses = {"E0": (1.0, 1.2, 1.4, 9.0), "C1": (1.011, 1.209, 1.410), "W2": (1.02, 1.24), "A4": (1.5, 9.9)}
     done = {(row, s): line(row, s, x) for row, values in losses.items() for s, x in enumerate(values)}
     d, (spread, freedom) = verdicts.compare(done, "C1", "E0"), verdicts.chaos(done)
-    assert d.mean == pytest.approx(0.01) and d[2:] == (3, 0, 0, 0) and freedom == 9 - 3 - 4 + 1  # A4 is far away
+    assert d.mean == pytest.approx(0.01) and d[2:6] == (3, 0, 0, 0) and freedom == 9 - 3 - 4 + 1  # A4 is far away
     assert d.half == pytest.approx(3.182 * spread / math.sqrt(3))
     assert verdicts.compare(done, "A4", "E0").half == pytest.approx(12.706 * 8.2 / 2)  # its own spread, of .5 and 8.7
     done["C1", 3] = line("C1", 3, 9.5)  # one late run: the row's others still count, it has an interval of its own
-    assert verdicts.chaos(done) == (spread, freedom) and verdicts.compare(done, "C1", "E0").half > 20 * spread
+    late = verdicts.compare(done, "C1", "E0")
+    assert verdicts.chaos(done) == pytest.approx((spread, freedom)) and late.half > 20 * spread and late.verdict() == "not decided"
+    done |= {("S3", s): line("S3", s, done["E0", s]["val_loss"][-1][2] + d) for s, d in enumerate((0.2, 0.3, 5.0))}
+    lost = verdicts.compare(done, "S3", "E0")  # one is late too, but all lose
+    assert lost.half > lost.mean > 0 and lost.each == 1 and lost.verdict() == "worse"
     done["C1", 1], done["C1", 3] = line("C1", 1, 1.3, "diverged"), line("C1", 3, 9.5, "diverged")
-    assert verdicts.compare(done, "C1", "E0")[2:] == (2, 2, 0, 0) and math.isnan(verdicts.final(done["C1", 1]))
-    assert verdicts.compare(done, "W2", "C1")[2:] == (1, 0, 1, 0)
+    assert verdicts.compare(done, "C1", "E0")[2:6] == (2, 2, 0, 0) and math.isnan(verdicts.final(done["C1", 1]))
+    assert verdicts.compare(done, "W2", "C1")[2:6] == (1, 0, 1, 0)
+    assert verdicts.compare({("E0", 1): line("E0", 1, 1.0), ("A4", 1): line("A4", 1, 1.2)}, "A4", "E0").half == math.inf
     done = {(row, s): line(row, s, 1.0, "diverged") for row in ("E0", "W3", "W4") for s in range(2)}
     assert verdicts.compare(done, "W3", "W4").verdict() == "both diverged" and verdicts.chaos(done) == (math.inf, 0)
 
@@ -99,6 +104,9 @@ def test_the_spread_of_simulated_runs():
     ((0.10, 0.02, 2, 1, 0, 0), "worse", {"diverged": "not diverged"}),
     ((math.nan, math.inf, 0, 0, 3, 0), "better", {"better": "confirmed", "worse": "contradicted"}),
     ((0.50, math.inf, 1, 0, 0, 0), "not decided", {"worse": "one seed decides", "tie": "one seed"}),
+    ((0.36, 0.45, 3, 0, 0, 0, 1), "worse", {"worse": "confirmed", "tie": "contradicted", "better": "contradicted"}),
+    ((math.nan, math.inf, 0, 1, 1, 0), "not decided", {"better": "one seed", "diverged": "not diverged"}),
+    ((math.nan, math.inf, 0, 2, 0, 1), "diverged 2/2", {"diverged": "confirmed"}),
     ((math.nan, math.inf, 0, 0, 0, 2), "both diverged", {"tie": "both diverged", "diverged": "both diverged"}),
     ((math.nan, math.inf, 0, 0, 0, 0), "not run", {"tie": "not run"})])
 def test_verdicts(numbers, verdict, judged):
