@@ -83,10 +83,12 @@ def chaos(done: Runs) -> tuple[float, int]:
     differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.) Left out are
     rows whose median difference to E0 is NEAR or more, and runs that far from their row's: late ones, results/noise.md.
     """
-    ends = {(name, s): final(line) - final(done["E0", s]) for (name, s), line in done.items() if ("E0", s) in done}
-    ends = {run: end for run, end in ends.items() if math.isfinite(end)}
-    middle = {name: statistics.median(end for (row, _), end in ends.items() if row == name) for name, _ in ends}
-    runs = [run for run, end in ends.items() if max(abs(middle[run[0]]), abs(end - middle[run[0]])) < NEAR]
+    runs = []
+    for name in dict.fromkeys(row for row, _ in done):
+        ends = {s: final(line) - final(done["E0", s]) for (row, s), line in done.items()
+                if row == name and ("E0", s) in done and math.isfinite(final(line) - final(done["E0", s]))}
+        middle = statistics.median(ends.values() or [math.inf])
+        runs += [(name, s) for s, end in ends.items() if abs(middle) < NEAR and abs(end - middle) < NEAR]
     marks = sorted({mark for run in runs for mark in run}, key=str)
     A = np.array([[float(mark in run) for mark in marks] for run in runs])  # (runs, rows + seeds)
     losses = np.array([final(done[run]) for run in runs])
@@ -115,7 +117,8 @@ def compare(done: Runs, name: str, base: str) -> Difference:
         spread, freedom = math.inf, 0
     elif len(found) > 1 and (not freedom or statistics.stdev(found) > WIDE * spread):
         spread, freedom = statistics.stdev(found), len(found) - 1
-    return Difference(statistics.mean(found), student(freedom) * spread / len(found) ** 0.5, len(found), *others, each)
+    half = student(freedom) * spread / len(found) ** 0.5
+    return Difference(statistics.mean(found), half, len(found), *others, each)
 
 
 def judge(d: Difference, expected: str) -> str:
@@ -129,7 +132,8 @@ def judge(d: Difference, expected: str) -> str:
         return f"not diverged in these runs: {found}"
     if found == "not decided" and d.half == math.inf:
         return "one seed decides nothing but divergence"
-    if expected == "tie" and abs(d.mean) - d.half <= TIE and not d.each or found in ("tie", "not decided"):
+    near = expected == "tie" and abs(d.mean) - d.half <= TIE and not d.each
+    if near or found in ("tie", "not decided"):
         return f"not decidable here: {abs(d.mean) + d.half:.3f} at most"
     return "contradicted"
 
