@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from model import GPTConfig
+from prepare_data import DataConfig
 from support.checkpoint import load_checkpoint
 from support.config import build, flatten, parse
 from support.huggingface import load_hf
@@ -26,7 +27,7 @@ SIZES = {
                  beta2=0.99, max_iters=2000, eval_interval=500, eval_tokens=2**16, log_interval=50),
     # sweep.py's scales: 65,000, 229,000 and 491,000 parameters, and 23M (GPT-2's vocabulary), 20 tokens for each. Rates
     # for E0, seed 1: laptop 3e-3, 6e-3, 1e-2, 1.6e-2, 2.4e-2: 1.537, 1.470, 1.454, 1.447, 1.618; laptop-small 1.6e-2,
-    # 2.4e-2, 3.6e-2: 2.108, 2.098, 2.166; laptop-large 5.5e-3, 8e-3, 1.2e-2: 1.178, 1.191, 1.208; gpu's is not tuned yet.
+    # 2.4e-2, 3.6e-2: 2.108, 2.098, 2.166; laptop-large 5.5e-3, 8e-3, 1.2e-2: 1.178, 1.191, 1.208; gpu not tuned yet.
     "laptop": LAPTOP, "laptop-small": LAPTOP | dict(n_head=2, n_embd=32, learning_rate=2.4e-2, max_iters=625,
                                                     eval_interval=125),
     "laptop-large": LAPTOP | dict(n_head=6, n_embd=96, learning_rate=5.5e-3, max_iters=4790, eval_interval=479),
@@ -92,9 +93,10 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
             source.update(load_checkpoint(out, resume=True), written=written, auto=auto)
             return {**source["asked"], "device": None}
         names = [name for name in given.get("preset", "").split(",") if name]
-        if not SIZES.keys() & names:  # the size that fits the device
-            on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-            given["preset"] = ",".join(["gpt2" if on_gpu else "tiny", *names])
+        if not SIZES.keys() & names:  # the size that fits the device and the data
+            large = torch.cuda.is_available() and given.get("device") != "cpu" and \
+                given.get("dataset", DataConfig.dataset) != DataConfig.dataset
+            given["preset"] = ",".join(["gpt2" if large else "tiny", *names])
         if given.get("init_from", "scratch") != "scratch":
             path = Path(given["init_from"])
             hf = path.is_dir() and not (path / "ckpt.pt").exists()
@@ -130,7 +132,7 @@ def go_on(config: Any, source: dict) -> Any:
         if source["auto"]:
             print(finished)
             sys.exit(0)
-        raise ValueError(f"{finished}; a larger --max_iters goes on")
+        raise ValueError(f"{finished}; a larger --max_iters goes on, at --min_lr")
     source["asked"] = flat  # with the free flags of today
     chosen = {name: value for name, value in source["config"].items() if name not in FREE_ON_RESUME}
     return build(type(config), {**flat, **chosen})
