@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from support.checks import check_bits, check_quant
+from support.checks import check_quant, check_quantizer, check_recipe
 
 # The smallest normal number: some devices flush smaller ones to zero. The official code's floors,
 # 1e-5 to 1e-9, lie inside the range of real gradients and moments and would round those to zero.
@@ -190,13 +190,7 @@ class Quantizer:
     fmt: str = "int"  # of the codes; e4m3 and e5m2 are symmetric, 8 bits, rounded to nearest
 
     def __post_init__(self):
-        check_bits("bits", self.bits)
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding={self.rounding!r}: use 'nearest' or 'stochastic'")
-        if self.fmt not in ("int", *FLOAT8):
-            raise ValueError(f"fmt={self.fmt!r}: use 'int', 'e4m3' or 'e5m2'")
-        if self.fmt != "int" and (self.bits, self.asym, self.rounding) != (8, False, "nearest"):
-            raise ValueError(f"fmt={self.fmt!r} is symmetric, 8 bits, rounded to nearest; drop the rest")
+        check_quantizer(self)
 
     def quantize(self, x: Tensor) -> Quantized:
         """Return the codes and scales of x (R, C). The arithmetic is fp32: in bf16 it would be off by up to a step."""
@@ -216,21 +210,6 @@ def restore(q: Quantized) -> Tensor:
     """Dequantize a whole matrix: (R, C) fp32."""
     tile = (q.codes.shape[0] // q.scale.shape[0], q.codes.shape[1] // q.scale.shape[2])
     return dequantize(tiles(q.codes, tile), q.scale, q.zero_point).reshape(q.codes.shape)
-
-
-def round_ste(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
-    """Fake-quantize x with a GIVEN scale; the gradient is the identity inside the range of codes, 0 where x clips.
-
-    Dynamic scales never clip, so QuantLinear needs no mask; a static, shrunken or learned one does: extensions/lsq.py.
-    Args: as `quantize`; scale and zero_point get no gradient. Returns: x's shape and dtype; a nan stays one.
-    Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
-    """
-    scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
-    qmax, zero = 2 ** (bits - 1) - 1, 0 if zero_point is None else zero_point
-    q = torch.round(x.detach().float() * (1.0 / scale)) + zero  # where x lands before the clamp
-    clips = (q < (-qmax if zero_point is None else -qmax - 1)) | (q > qmax)
-    y = dequantize(quantize(x.detach().float(), scale, zero_point, bits), scale, zero_point).to(x.dtype)
-    return y + torch.where(clips, 0.0, x - x.detach())  # the difference is 0, its gradient is 1
 
 
 # -----------------------------------------------------------------------------
@@ -257,10 +236,7 @@ class Recipe:
     engine: Callable | None = None  # computes A @ B.T in place of `gemm` below, with its arguments
 
     def __post_init__(self):
-        if self.backward not in ("ste", "fp", "early"):
-            raise ValueError(f"backward={self.backward!r}: use 'ste', 'fp' or 'early'")
-        if self.backward == "ste" and (self.grad_input_weight or self.grad_weight_input):
-            raise ValueError("backward='ste' reuses forward's; use 'fp' or 'early' with its own slots")
+        check_recipe(self)
 
 
 def make_recipe(config: QuantConfig, third: int | None = None) -> Recipe | None:

@@ -5,8 +5,10 @@ The core recomputes a scale from the weights at each call. LSQ trains it instead
     w^ = s * clamp(round(w / s), -qmax, qmax)          dw^/dw = 1 inside the range, 0 where w clips
     dw^/ds = round(w / s) - w / s inside, +-qmax where w clips (eq. 3), times 1 / sqrt(n qmax) (section 2.2)
 
-with s = 2 mean|w| / sqrt(qmax) at the start (section 2.1). That is a reparam: it maps the weight (N, K) to the one that
-is used, and brings a parameter of its own, which trains and is saved, resumed, evaluated and exported with the model.
+with s = 2 mean|w| / sqrt(qmax) at the start (section 2.1). The paper trains with SGD, where the factor sets how fast
+s moves. Adam divides by a gradient's size: here the factor keeps s out of the norm that is clipped, --lsq_lr sets its
+speed. That is a reparam: it maps the weight (N, K) to the one that is used, and brings a parameter of its own, which
+trains and is saved, resumed, evaluated and exported with the model.
 
     python train.py --preset=lsq4                      # 4-bit weights with learned steps; W3 is its untrained twin
 
@@ -20,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Linear
-from quant import SCALE_FLOOR, QuantLinear, round_ste
+from quant import SCALE_FLOOR, QuantLinear, largest_code
 from support.config import refuse_idle
 
 
@@ -34,6 +36,17 @@ class Config:
         if self.lsq_bits != 32 and not 2 <= self.lsq_bits <= 8:
             raise ValueError(f"--lsq_bits={self.lsq_bits} must be 2 to 8, or 32 for none")
         refuse_idle(self, lsq_lr=(self.lsq_bits < 32, "without --lsq_bits below 32"))
+
+
+def round_ste(x: Tensor, bits: int) -> Tensor:
+    """Round x to integers of so many bits; its gradient is 1 inside their range, 0 where x clips; a nan stays one.
+
+    The core's scales are dynamic and never clip, so QuantLinear needs no such mask; a learned or a static one does.
+    Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); mask as in PyTorch's fake_quantize ops.
+    """
+    q, qmax = torch.round(x.detach()), largest_code(bits)
+    # the difference is 0, its gradient is 1
+    return q.clamp(-qmax, qmax) + torch.where(q.abs() > qmax, 0.0, x - x.detach())
 
 
 PRESETS = {"lsq4": dict(lsq_bits=4), "lsq8": dict(lsq_bits=8)}
@@ -57,8 +70,7 @@ class LearnedStep(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Return s * round(w / s), clipped; both w and s get their gradients."""
         s = self.s * self.slow + (self.s * (1 - self.slow)).detach()  # s, with a slower gradient
-        # w / s on the grid of step 1: round_ste passes the gradient to w and to s
-        return s * round_ste(w / s, torch.ones_like(s), bits=self.bits)  # (N, K)
+        return s * round_ste(w / s, self.bits)  # (N, K); the gradient reaches w and s
 
 
 def linears(config: Config, flat: dict, linear: Linear) -> Linear:

@@ -16,8 +16,28 @@ def check_bits(name: str, bits: int) -> None:
         raise ValueError(f"{name}={bits} is not supported: use 2 to 8, or 32 for none")
 
 
+def check_quantizer(quantizer: Any) -> None:
+    """Refuse quantizers that cannot be."""
+    check_bits("bits", quantizer.bits)
+    for name, fits in (("rounding", ("nearest", "stochastic")), ("fmt", ("int", "e4m3", "e5m2"))):
+        if getattr(quantizer, name) not in fits:
+            raise ValueError(f"{name}={getattr(quantizer, name)!r}: use one of {', '.join(fits)}")
+    rest = quantizer.bits, quantizer.asym, quantizer.rounding
+    if quantizer.fmt != "int" and rest != (8, False, "nearest"):
+        raise ValueError(f"fmt={quantizer.fmt!r} is symmetric, 8 bits, rounded to nearest; "
+                         "drop the rest")
+
+
+def check_recipe(recipe: Any) -> None:
+    """Refuse recipes of slots that cannot be."""
+    if recipe.backward not in ("ste", "fp", "early"):
+        raise ValueError(f"backward={recipe.backward!r}: use 'ste', 'fp' or 'early'")
+    if recipe.backward == "ste" and (recipe.grad_input_weight or recipe.grad_weight_input):
+        raise ValueError("backward='ste' reuses forward's; use 'fp' or 'early' with its own slots")
+
+
 def check_quant(config: Any) -> None:
-    """Refuse recipes that cannot be."""
+    """Refuse flags of a recipe that cannot be."""
     # (1) numbers out of range, and what would be ignored where an operand is left untouched
     for bits, names in (("wbits", ("wfmt", "wgran")), ("abits", ("afmt", "agran", "asym", "asym_gelu")),
                         ("gbits", ("gfmt", "ggran", "ggemm", "rounding"))):
@@ -117,6 +137,10 @@ def check_train(config: Any) -> None:
                          "give a smaller --min_lr too")
     if config.lr_decay_iters is not None and config.lr_decay_iters < config.warmup_iters:
         raise ValueError(f"--lr_decay_iters={config.lr_decay_iters} is below --warmup_iters={config.warmup_iters}")
+    if not config.min_lr and (end := config.lr_decay_iters or config.max_iters) < config.max_iters:
+        raise ValueError(f"--max_iters={config.max_iters}: from step {end} (--lr_decay_iters) the "
+                         "learning rate would be --min_lr=0, and nothing would train; begin "
+                         "another run, perhaps with --init_from this one")
     refuse_idle(config, wsd_decay=(config.schedule == "wsd", "without --schedule=wsd"))
     if not 0 < config.wsd_decay <= 1:
         raise ValueError(f"--wsd_decay={config.wsd_decay} must lie in (0, 1]")

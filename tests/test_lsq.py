@@ -1,12 +1,36 @@
 """extensions/lsq.py: the gradients of LSQ's paper, and that it is a run like any other."""
 
+import math
+
 import pytest
 import torch
 from conftest import column
+from hypothesis import given
+from hypothesis import strategies as st
 
 import extensions
-from extensions.lsq import LearnedStep
+from extensions.lsq import LearnedStep, round_ste
 from model import GPT, GPTConfig
+
+
+@given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=50), st.integers(2, 8))
+def test_ste_mask_is_the_clip_range(values, bits):
+    """Value and mask are torch.fake_quantize's, bit for bit: a gradient of 1 where no code was clamped, else 0."""
+    qmax, values = 2 ** (bits - 1) - 1, torch.tensor(values)
+    ties = torch.arange(-130, 130) + 0.5
+    ours, theirs = (torch.cat((values, ties)).requires_grad_() for _ in range(2))
+    y, expected = round_ste(ours, bits), torch.fake_quantize_per_tensor_affine(theirs, 1.0, 0, -qmax, qmax)
+    assert torch.equal(y, expected) and not (y.signbit() & (y == 0)).any()  # no -0.0
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*(torch.autograd.grad(out, x, g)[0] for out, x in ((y, ours), (expected, theirs))))
+
+
+def test_ste_of_what_is_not_finite():
+    """A nan stays nan, with a gradient; inf saturates."""
+    x = torch.tensor([1.6, 99.0, math.nan, math.inf], requires_grad=True)
+    y = round_ste(x, 4)
+    dx, = torch.autograd.grad(y.sum(), x)
+    assert y[[0, 1, 3]].tolist() == [2.0, 7.0, 7.0] and y[2].isnan() and dx.tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
