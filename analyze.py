@@ -41,12 +41,13 @@ import extensions
 from bench import EXPERIMENTS, MIB, BenchConfig, Variant, kept_for_backward, show
 from model import GPT
 from optim import AdamW, Moment, OptimConfig, decode, encode, new_scale, param_groups
+from prepare_data import make_missing, open_dataset
 from probe import Probe, gradient_rows, mean_loss, moved, outlier_rows, probe_rows, sharpness_rows
 from support.config import build, flatten, one_line_errors, parse, refuse_idle
 from support.device import Processes, resolve
-from support.log import read_log
+from support.log import moment_bytes, read_log
 from support.presets import SIZES
-from train import Batches, TrainConfig, get_data, learning_rate
+from train import Batches, TrainConfig, learning_rate
 
 FORMATS = {  # name: what the flags --m1bits, --m1fmt, ... would say
     "linear8 m, per_channel (S2)": dict(m1bits=8, m1fmt="linear", m1gran="per_channel"),
@@ -328,7 +329,7 @@ def memory(config: AnalyzeConfig) -> None:
             v = Variant(name, shape, "cpu", flatten(shape.model) | flags[name])
             kept = kept_for_backward(v.forward, v.model)[0] / MIB
             weights = sum(p.nbytes for p in v.model.parameters()) / MIB
-            moments = v.optimizer.describe()[0] * weights / 4
+            moments = moment_bytes(v.optimizer)[0] * weights / 4
         rows.append({"recipe": name, "sequences": str(size), "parameters": weights, "optimizer": moments,
                      "kept for backward": kept, "kept, %": 100 * kept / (kept + weights + moments)})
     show("MiB, GPT-2 small, 1024 tokens a sequence, bfloat16, uncompiled", rows, False)
@@ -372,7 +373,8 @@ def update_error(config: AnalyzeConfig) -> None:
         data_dir=config.data_dir or "data", sample_tokens=0))
     processes = Processes("cpu")
     resolve(train, processes)
-    tokens, _, meta = get_data(train, processes)
+    make_missing(train.data)
+    tokens, _, meta = open_dataset(train.data)
     torch.manual_seed(train.seed)
     model = GPT(train.model, meta["vocab_size"], extensions.linears(flatten(train)))
     batches = Batches(tokens, train, processes)
@@ -410,7 +412,7 @@ def update_error(config: AnalyzeConfig) -> None:
           "|---|---|---|---|---|")
     for name, s in sums.items():
         errors = f"{(s[0] / s[1]) ** 0.5:.3f} | {(s[2] / s[3]) ** 0.5:.3f}"
-        print(f"| {name} | {errors} | {s[4]:,.2f} | {optimizers[name].describe()[0]:.3f} |")
+        print(f"| {name} | {errors} | {s[4]:,.2f} | {moment_bytes(optimizers[name])[0]:.3f} |")
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
 from quant import Quantizer, QuantLinear, gemm
 from support.config import build, flatten, one_line_errors, parse, refuse_idle
-from support.device import choose_device, fast_bfloat16, keep_freed_memory, peak_flops
+from support.device import choose_device, fast_bfloat16, flops_per_token, keep_freed_memory, peak_flops
 from support.presets import PRESETS, SIZES
 from train import TrainConfig
 
@@ -209,7 +209,7 @@ def bench_step(config: BenchConfig, device: str) -> tuple[str, list[dict]]:
         speed = 1e3 * v.tokens[:, 1:].numel() / ms
         adamw = 1e3 * statistics.median(v.adamw[-config.rounds:])
         rows.append({"variant": name, "ms per step": ms, "x E0": x, "AdamW, ms": adamw,
-                     "tokens/s": speed, "MFU, %": 100 * v.model.flops_per_token() * speed / peak,
+                     "tokens/s": speed, "MFU, %": 100 * flops_per_token(v.model) * speed / peak,
                      **mib, "first step, s": start})
     return f"peak for MFU {peak / 1e12:.3g} TFLOP/s; memory in MiB", rows
 

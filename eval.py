@@ -28,6 +28,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import extensions
 from model import GPT
@@ -165,6 +166,29 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 # -----------------------------------------------------------------------------
 # samples
 
+@torch.no_grad()
+def generate(model: GPT, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
+             seed: int = 0, cached: bool = False) -> Tensor:
+    """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text.
+
+    Args:
+        temperature: 0 takes the likeliest token.  top_k: draw from so many of the likeliest tokens, 0: from all.
+        cached: keep keys and values. Not where tokens share scales: old ones would change with every new one.
+    """
+    generator, was_training = torch.Generator().manual_seed(seed), model.training
+    model.eval()  # dropout draws from another generator
+    cache = [[] for _ in model.h] if cached else None
+    for _ in range(new_tokens):
+        logits = model.next_logits(idx, cache).cpu() / (temperature or 1.0)  # (B, V)
+        most = min(top_k or model.vocab_size, model.vocab_size) if temperature else 1
+        least = logits.topk(most).values[:, -1:]  # (B, 1): less likely tokens get probability 0
+        probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
+        new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+        idx = torch.cat((idx, new.to(idx.device)), 1)
+    model.train(was_training)
+    return idx
+
+
 def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 300, seed: int = 0,
            temperature: float = 0.8, top_k: int = 50) -> str:
     """Return the prompt and its continuation; an empty prompt stands for the start of a document."""
@@ -172,7 +196,7 @@ def sample(model: GPT, tokenizer_name: str, prompt: str = "", new_tokens: int = 
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)  # what begins a document
     idx = torch.tensor([ids], device=model.wte.weight.device)  # (1, T)
     cached = not shares_scales(model)
-    out = model.generate(idx, new_tokens, temperature, top_k, seed, cached)[0].tolist()
+    out = generate(model, idx, new_tokens, temperature, top_k, seed, cached)[0].tolist()
     return tokenizer.decode(out[1:])  # without the end-of-text token
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from int8 import int8_gemm, keep8
 from quant import QuantConfig, Quantized, QuantLinear, Recipe, gemm, linear_backward, make_recipe, round_operand
@@ -166,6 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors  # of the mean loss: all that is left is the chain rule
         return dx * g, dw * g, *[None] * 8
@@ -227,9 +229,7 @@ class CausalSelfAttention(nn.Module):
         return y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU, the tanh approximation."""
-    return F.gelu(x, approximate="tanh")
+gelu = partial(F.gelu, approximate="tanh")  # GPT-2's
 
 
 class MLP(nn.Module):
@@ -338,31 +338,3 @@ class GPT(nn.Module):
             x = self.hidden(idx[:, -self.config.block_size:])
         return self.lm_head(x[:, -1:])[:, 0, :self.vocab_size].float()
 
-    @torch.no_grad()
-    def generate(self, idx: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50,
-                 seed: int = 0, cached: bool = False) -> Tensor:
-        """Extend the tokens idx (B, T) by `new_tokens` samples; the same seed gives the same text.
-
-        Args:
-            temperature: 0 takes the likeliest token.  top_k: draw from so many of the likeliest tokens, 0: from all.
-            cached: keep keys and values. Not where tokens share scales: old ones would change with every new one.
-        """
-        generator, was_training = torch.Generator().manual_seed(seed), self.training
-        self.eval()  # dropout draws from another generator
-        cache = [[] for _ in self.h] if cached else None
-        for _ in range(new_tokens):
-            logits = self.next_logits(idx, cache).cpu() / (temperature or 1.0)  # (B, V)
-            most = min(top_k or self.vocab_size, self.vocab_size) if temperature else 1
-            least = logits.topk(most).values[:, -1:]  # (B, 1): less likely tokens get probability 0
-            probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
-            new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-            idx = torch.cat((idx, new.to(idx.device)), 1)
-        self.train(was_training)
-        return idx
-
-    def flops_per_token(self) -> float:
-        """Return the FLOPs of training on a token, as nanoGPT: 6 per weight in a GEMM, 12 C T a block for attention."""
-        weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        weights -= self.wte.weight.numel() if self.config.untied_head else 0
-        width = sum(b.attn.n_head * b.attn.head_size for b in self.h)  # n_layer C, unless pruned
-        return 6 * weights + 12 * width * self.config.block_size

@@ -135,8 +135,7 @@ def encode(x: Tensor, scale: Tensor, moment: Moment, noise: Tensor | None = None
     """
     inv_scale = 1 / scale
     if moment.fmt == "dynamic":
-        middles = [(a + b) / 2 for a, b in pairwise(dynamic_levels(moment))]
-        middles = torch.tensor(middles, device=x.device)
+        middles = torch.tensor([(a + b) / 2 for a, b in pairwise(dynamic_levels(moment))], device=x.device)
         return torch.bucketize(x * inv_scale, middles, right=True).to(torch.uint8)
     # k becomes k + 1 from k + 1 - noise on. k^2 becomes (k + 1)^2 from k^2 + (1 - noise) (2k + 1) on, and that is
     # (k + 1 - noise)^2 + noise (1 - noise): the same once the root is taken.
@@ -404,18 +403,3 @@ class AdamW(torch.optim.Optimizer):
                 for name, t in states[p].items():
                     t.copy_(stored[name])
         return groups, states
-
-    def describe(self) -> tuple[float, str]:
-        """Return (bytes per parameter, one line): what is stored how, as the real tensors count."""
-        kinds = {}  # format -> array (tensors, elements, bytes)
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p] = self.state[p] or new_state(p, group)
-                size = sum(t.nbytes for name, t in state.items() if name != "step")
-                kind = "+".join(f"{m.fmt}{m.bits}" if m.bits < 32 else "fp32" for m in layout(p, group)[:2])
-                kinds[kind] = kinds.get(kind, 0) + np.array([1, p.numel(), size])
-        parts = "; ".join(f"{kind} {n} tensors, {elements / 1e6:.2f}M elements, {size / 1e6:.2f} MB"
-                          for kind, (n, elements, size) in kinds.items())
-        _, elements, size = sum(kinds.values(), np.zeros(3))
-        each = float(size / max(1, elements))
-        return each, f"optimizer state: {each:.3f} bytes per parameter ({parts}); fp32 has 8"

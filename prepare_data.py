@@ -303,6 +303,14 @@ def prepare(config: PrepareConfig) -> Path:
     return folder
 
 
+def make_missing(config: DataConfig) -> None:
+    """Prepare the default data set, which needs no download, where it is missing."""
+    folder = Path(config.data_dir, config.dataset)
+    if config.dataset == DataConfig.dataset and not folder.exists():
+        print(f"{folder} is missing: preparing it from Python's standard library")
+        prepare(PrepareConfig(data=config, processes=1))
+
+
 def open_dataset(config: DataConfig) -> tuple[np.memmap, np.memmap, dict]:
     """Return train and val tokens (uint16, read-only, on disk) and meta.json; refuse damage."""
     folder = Path(config.data_dir, config.dataset)

@@ -1,6 +1,6 @@
 """Pre-train a GPT-2 with quantized weights, activations, gradients and optimizer states.
 
-    python train.py --wbits=8 --abits=8                                  # tiny on a laptop, 124M on a GPU
+    python train.py --wbits=8 --abits=8                                  # the preset tiny: minutes on a laptop
     torchrun --standalone --nproc_per_node=8 train.py --preset=gpt2,w8a8 --dataset=openwebtext
     python train.py --resume --out_dir=out                               # go on where the run stopped
 
@@ -37,21 +37,21 @@ import extensions
 from eval import bits_per_byte, evaluate, sample, show, unigram_entropy, val_windows
 from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
-from prepare_data import DataConfig, PrepareConfig, get_tokenizer, open_dataset, prepare
+from prepare_data import DataConfig, get_tokenizer, make_missing, open_dataset
 from quant import QuantConfig
 from support.checkpoint import load_weights, save_checkpoint
 from support.checks import check_train
 from support.config import flatten, one_line_errors
-from support.device import Processes, explain_compile_errors, peak_flops, resolve
-from support.lock import lock
+from support.device import Processes, explain_compile_errors, flops_per_token, peak_flops, resolve
+from support.lock import claim
 from support.log import Log, introduce, read_log
 from support.presets import PRESETS, load_config
 
 
 @dataclass
 class TrainConfig:
-    """The training loop. The defaults are gpt2's; without a GPU those of the preset tiny come first."""
-    preset: str = ""  # from left to right, then the flags; without a model size the device has one
+    """The training loop. The defaults are gpt2's; without a GPU, or with stdlib, the preset tiny comes first."""
+    preset: str = ""  # from left to right, then the flags; without a model size: tiny, or gpt2
     out_dir: str = "out"  # checkpoints and log.jsonl
     resume: bool | None = False  # go on with the run in out_dir, and its config; auto: if it is there
     init_from: str = "scratch"  # or weights and shape of a checkpoint, or Hugging Face GPT-2 folder
@@ -102,20 +102,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 # -----------------------------------------------------------------------------
 # data
-
-def get_data(config: TrainConfig, processes: Processes) -> tuple[np.memmap, np.memmap, dict]:
-    """Open the token shards; the default data set is prepared on the spot where it is missing."""
-    def make():
-        folder = Path(config.data.data_dir, config.data.dataset)
-        if config.data.dataset == "stdlib" and not folder.exists():
-            processes.print(f"{folder} is missing: preparing it from Python's standard library")
-            prepare(PrepareConfig(data=config.data, processes=1))
-    processes.after_main(make)  # the others wait for the first process
-    train_tokens, val_tokens, meta = open_dataset(config.data)
-    if config.sample_tokens:
-        get_tokenizer(meta["tokenizer"])  # missing, it would be missed only when the run is over
-    return train_tokens, val_tokens, meta
-
 
 class Batches:
     """Random windows of the training split, drawn from (seed, step) for all processes; each takes its share."""
@@ -196,7 +182,10 @@ class Run:
     def __init__(self, config: TrainConfig, processes: Processes, source: dict | None, started: float):
         self.config, self.processes, self.source = config, processes, source
         self.flat, self.started = flatten(config), started  # {flag: value}; time.perf_counter()
-        self.train_tokens, self.val_tokens, self.meta = get_data(config, processes)
+        processes.after_main(lambda: make_missing(config.data))  # the others wait for the first
+        self.train_tokens, self.val_tokens, self.meta = open_dataset(config.data)
+        if config.sample_tokens:
+            get_tokenizer(self.meta["tokenizer"])  # missing, it would be missed only at the end
         if config.resume and source["data"] != self.meta["train"]["sha256"]:
             raise ValueError(f"--dataset={config.data.dataset} is not the data this run began with")
         self.windows = val_windows(self.val_tokens, config.model.block_size, config.eval_tokens)
@@ -284,7 +273,7 @@ class Run:
                     self.speeds.append(speed)
                 numbers = {"step": self.step, "tokens": self.step * self.tokens_per_step, "loss": loss,
                            **extras, "lr": learning_rate(self.step - 1, config), "grad_norm": norm,
-                           "tokens_per_s": speed, "mfu": self.raw.flops_per_token() * speed / peak}
+                           "tokens_per_s": speed, "mfu": flops_per_token(self.raw) * speed / peak}
                 log.training(numbers, (config.max_iters - self.step) * self.tokens_per_step / speed)
                 since, steps = time.perf_counter(), 0
             # (5) signal, to this process or another: save and leave
@@ -351,24 +340,13 @@ def main(config_class: type = TrainConfig, run_class: type = Run, doc: str = __d
     started = time.perf_counter()
     with one_line_errors(quiet=int(os.environ.get("LOCAL_RANK", 0)) > 0):  # once a machine
         config, source = load_config(config_class, PRESETS | extensions.PRESETS, doc)
-        out, asked = Path(config.out_dir), source["asked"] if config.resume else flatten(config)
+        asked = source["asked"] if config.resume else flatten(config)
         processes = Processes(config.device)
         resolve(config, processes)
         run = run_class(config, processes, source, started)
         run.asked = asked
         with contextlib.ExitStack() as stack:  # out_dir is ours alone, until here ends
-            def enter():
-                busy = f"another run trains in --out_dir={out}; choose another, or end that one"
-                try:
-                    stack.enter_context(lock(out, busy))
-                except (FileExistsError, NotADirectoryError):
-                    raise ValueError(f"--out_dir={out} is or lies in a file, not a folder; choose another") from None
-                if config.resume and (out / "ckpt.pt").stat().st_mtime_ns != source["written"]:
-                    raise ValueError(f"{out}/ckpt.pt has changed since it was read: another run went on; start again")
-                if not config.resume and (out / "ckpt.pt").exists():
-                    raise ValueError(f"--out_dir={out} holds another run; "
-                                     "add --resume to go on with it, or choose another --out_dir")
-            processes.after_main(enter)
+            processes.after_main(lambda: stack.enter_context(claim(config, source)))
             facts = introduce(config, processes, run.raw, run.optimizer)
             log = Log(config, run.step, processes.main)
             if not config.resume:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import quant_linears  # noqa: E402
 from quant import QuantConfig  # noqa: E402
 from support.checkpoint import load_checkpoint, model_from  # noqa: E402
+from support.device import flops_per_token  # noqa: E402
 
 torch.set_num_threads(1)
 models, times = {}, {}
@@ -36,7 +37,7 @@ with torch.no_grad():
 print("| | parameters | forward GFLOPs | ms | ratio |\n|---|---|---|---|---|")
 for path, model in models.items():
     ratio = statistics.median(a / b for a, b in zip(times[path], times[sys.argv[1]], strict=True))
-    count, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token() / 3 * 16 * block / 1e9
+    count, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model) / 3 * 16 * block / 1e9
     cells = Path(path).parent.name, f"{count:,}", f"{flops:.2f}", f"{statistics.median(times[path]):.1f}"
     print("| " + " | ".join(cells) + f" | {ratio:.2f} |")
     with open(Path(__file__).parent / "smaller/speed.jsonl", "a") as file:

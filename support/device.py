@@ -120,6 +120,14 @@ def peak_flops(config: Any, device: str) -> float:
     return 2 * size**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1))  # item() waits
 
 
+def flops_per_token(model: Any) -> float:
+    """Return the FLOPs of training on a token, as nanoGPT: 6 per weight in a GEMM, 12 C T a block for attention."""
+    weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    weights -= model.wte.weight.numel() if model.config.untied_head else 0
+    width = sum(b.attn.n_head * b.attn.head_size for b in model.h)  # n_layer C, unless pruned
+    return 6 * weights + 12 * width * model.config.block_size
+
+
 def resolve(config: Any, processes: Processes) -> None:
     """Replace every `auto` by what the device asks for, in place, and print each choice."""
     chosen, c, cuda = [], config.model, "cuda" in processes.device

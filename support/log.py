@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from optim import AdamW, layout, new_state
 from quant import QuantLinear
 from support.config import differences, flatten
 from support.device import Processes
@@ -35,7 +37,24 @@ def read_log(path: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Any) -> dict:
+def moment_bytes(optimizer: AdamW) -> tuple[float, str]:
+    """Return (bytes per parameter, one line): which moments are stored how, as the real tensors count."""
+    kinds = {}  # format -> array (tensors, elements, bytes)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p] = optimizer.state[p] or new_state(p, group)
+            size = sum(t.nbytes for name, t in state.items() if name != "step")
+            kind = "+".join("fp32" if m.bits == 32 else f"{m.fmt}{m.bits}"
+                            for m in layout(p, group)[:2])
+            kinds[kind] = kinds.get(kind, 0) + np.array([1, p.numel(), size])
+    parts = "; ".join(f"{kind} {n} tensors, {elements / 1e6:.2f}M elements, {size / 1e6:.2f} MB"
+                      for kind, (n, elements, size) in kinds.items())
+    _, elements, size = sum(kinds.values(), np.zeros(3))
+    each = float(size / max(1, elements))
+    return each, f"optimizer state: {each:.3f} bytes per parameter ({parts}); fp32 has 8"
+
+
+def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: AdamW) -> dict:
     """Print what runs where, and how the model differs from an unquantized one; return what the log is to keep."""
     commit = shutil.which("git") and subprocess.run(
         ["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
@@ -45,12 +64,13 @@ def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: An
     changed = ", ".join(f"{k}={v}" for k, v in differences(config).items()) or "defaults"
     quantized = [m.weight for m in model.modules() if isinstance(m, QuantLinear) and m.recipe]
     total, quantized = (sum(p.numel() for p in part) for part in (model.parameters(), quantized))
+    each, moments = moment_bytes(optimizer)
     processes.print(f"nanoQPT {commit or 'without git'}, torch {torch.__version__}, "
                     f"{processes.world} process(es), {name}\nconfig: {changed}\n"
                     f"{total:,} parameters, {quantized:,} of them in quantized linear layers\n"
-                    f"{optimizer.describe()[1]}")
+                    f"{moments}")
     return {"commit": commit or "", "torch": torch.__version__, "device": name, "parameters": total,
-            "optimizer_bytes": optimizer.describe()[0]}
+            "optimizer_bytes": each}
 
 
 class Log:

@@ -77,7 +77,8 @@ def test_update_error(call, monkeypatch):
     """A row per format: fp32 has no error, 8 bits less than 4, linear v far more; bytes are those stored."""
     monkeypatch.setitem(analyze.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=2))
     tokens = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint16)
-    monkeypatch.setattr(analyze, "get_data", lambda *_: (tokens, tokens, {"vocab_size": 257}))
+    monkeypatch.setattr(analyze, "make_missing", lambda *_: None)
+    monkeypatch.setattr(analyze, "open_dataset", lambda *_: (tokens, tokens, {"vocab_size": 257}))
     code, out, err = call(analyze.main, "--what=update_error", "--steps=2")
     rows = {row[0]: [float(x.replace(",", "")) for x in row[1:]] for row in cells(out)}
     assert code == 0 and list(rows) == ["fp32", *analyze.FORMATS], err

@@ -13,7 +13,7 @@ FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("exte
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 # A file imports from lower levels only, so each can be read knowing only those below it.
 LEVELS = [{"support", "support.config", "support.device", "support.early", "support.lock"}, {"support.checks"},
-          {"quant", "prepare_data"}, {"optim", "int8", "support.log"}, {"model"}, {"support.checkpoint"},
+          {"quant", "prepare_data"}, {"optim", "int8"}, {"model", "support.log"}, {"support.checkpoint"},
           {"support.huggingface"}, {"support.presets", "support.codes", "extensions"}, {"eval"}, {"train"},
           {"bench", "probe"}, {"analyze"}, {"verdicts"}, {"sweep"}]
 

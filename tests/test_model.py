@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_py
+from eval import generate
 from model import GPT, GPTConfig, linear_cross_entropy, quant_linears
 from quant import QuantConfig, Quantizer, QuantLinear, Recipe, make_recipe, restore
+from support.device import flops_per_token
 
 W8A8 = dict(wbits=8, abits=8)
 HEAD = dict(W8A8, quant_head=True)
@@ -76,7 +78,7 @@ def test_parameter_counts_are_the_published_ones(n_layer, n_head, n_embd, publis
         model = gpt(HEAD, 50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=1024)
     weights = sum(p.numel() for p in model.parameters())
     assert weights - 47 * n_embd == published  # 47 rows of padding
-    assert model.flops_per_token() == 6 * (weights - 1024 * n_embd) + 12 * n_layer * n_embd * 1024  # wpe is looked up
+    assert flops_per_token(model) == 6 * (weights - 1024 * n_embd) + 12 * n_layer * n_embd * 1024  # wpe is looked up
 
 
 def test_initialisation():
@@ -96,7 +98,7 @@ def test_untied_head():
     mine, theirs = model.state_dict(), tied.state_dict()
     assert same({**mine, "lm_head.weight": theirs["lm_head.weight"]}, theirs)
     assert not torch.equal(model.lm_head.weight, model.wte.weight)
-    assert model.flops_per_token() == tied.flops_per_token()
+    assert flops_per_token(model) == flops_per_token(tied)
     batch = tokens(2, 17)
     model(batch[:, :-1], batch[:, 1:]).backward()
     unseen = sorted(set(range(model.vocab_size)) - set(batch[:, :-1].flatten().tolist()))
@@ -150,7 +152,7 @@ def test_a_pruned_model_is_the_dense_one_with_zeros():
             theirs[(slice(None), columns[name]) if name in columns else ...] = mine
     torch.testing.assert_close(small(idx), dense(idx), rtol=0, atol=1e-12)
     weights = sum(p.numel() for name, p in small.named_parameters() if name != "wpe.weight")
-    assert small.flops_per_token() == 6 * weights + 12 * (1 + 3) * 8 * 16  # heads, channels in each, T
+    assert flops_per_token(small) == 6 * weights + 12 * (1 + 3) * 8 * 16  # heads, channels in each, T
     ours, theirs = (grads(m, m(idx, t)) for m in (small, dense))
     for name in ("wte.weight", "h.0.ln_1.weight", "h.1.ln_2.bias", "h.1.mlp.c_proj.bias"):  # fp32, as the loss is
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
@@ -385,12 +387,12 @@ def test_dropout_in_training_only(monkeypatch):
 def test_generate_is_a_function_of_its_seed():
     """The same seed gives the same text, whatever torch's own generator did and dropout would do; the prompt stays."""
     model, idx, long = gpt(wide=True, dropout=0.5), tokens(2, 3), tokens(2, 40)
-    a = model.generate(idx, 12, seed=7)
+    a = generate(model, idx, 12, seed=7)
     torch.manual_seed(2)
-    assert torch.equal(a, model.generate(idx, 12, seed=7)) and not torch.equal(a, model.generate(idx, 12, seed=8))
-    assert torch.equal(a, gpt(wide=True).generate(idx, 12, seed=7)) and model.training
+    assert torch.equal(a, generate(model, idx, 12, seed=7)) and not torch.equal(a, generate(model, idx, 12, seed=8))
+    assert torch.equal(a, generate(gpt(wide=True), idx, 12, seed=7)) and model.training
     assert a.shape == (2, 15) and torch.equal(a[:, :3], idx)
-    assert torch.equal(model.generate(long, 20)[:, 40:], model.generate(long[:, -16:], 20)[:, 16:])  # a window slides
+    assert torch.equal(generate(model, long, 20)[:, 40:], generate(model, long[:, -16:], 20)[:, 16:])  # a window slides
 
 
 @pytest.mark.parametrize("temperature, top_k", [(0.7, 6), (0.7, 0), (0.7, None), (5, 99), (0.7, 1), (0, 50), (0, 0)])
@@ -402,6 +404,6 @@ def test_generate_samples_the_distribution(temperature, top_k):
     logits = model(idx)[0, -1].detach().double()
     top = logits[:50].topk(min(top_k or 50, 50) if temperature else 1)
     p = torch.zeros(50).double().scatter(0, top.indices, (top.values / (temperature or 1)).softmax(0))
-    drawn = model.generate(idx.expand(n, -1), 1, temperature, top_k)[:, -1].bincount(minlength=50) / n
+    drawn = generate(model, idx.expand(n, -1), 1, temperature, top_k)[:, -1].bincount(minlength=50) / n
     assert ((drawn - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all() and logits[50:].min() > logits[:50].max() + 5
     assert p.max() == 1 if top_k == 1 or not temperature else p.max() < 0.9

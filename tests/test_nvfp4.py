@@ -15,6 +15,7 @@ from test_train import one_and_two
 import eval as evaluation
 import extensions
 from bench import kept_for_backward
+from eval import generate
 from extensions import nvfp4
 from extensions.nvfp4 import LEVELS, NVFP4, Config, Packed, e2m1, make_recipe, pack, rotate, scales, swizzle, unpack
 from model import GPT, GPTConfig
@@ -209,7 +210,7 @@ def test_which_blocks_and_until_when(flags, n, spared, capsys):
             assert [i for i, block in enumerate(gpt.h) if not block.mlp.c_fc.recipe] == spared
             assert not gpt.lm_head.recipe and evaluation.shares_scales(gpt)
             # without gradients nothing is rounded along the tokens, so one alone is no error
-            assert gpt.generate(torch.zeros(1, 1, dtype=torch.long), 2).shape == (1, 3)
+            assert generate(gpt, torch.zeros(1, 1, dtype=torch.long), 2).shape == (1, 3)
     assert seen[0] is seen[3] and seen[1] is seen[2]  # the same objects: nothing is compiled again
     assert seen[1] == (None if flags["switch"] == "all" else replace(seen[0], output_input=None, output_weight=None))
     said = f"blocks in high precision: {', '.join(map(str, spared)) or 'none'} of {n}; GEMMs simulated"

@@ -15,6 +15,7 @@ from torch import nn
 
 import optim
 from optim import AdamW, Moment, OptimConfig, adamw_update, decode, encode, hash_noise, new_scale, param_groups
+from support.log import moment_bytes
 
 U, INF, ONE = 2.0**-24, math.inf, torch.ones(1, 1)
 BOOKS = [Moment(bits, fmt, second=second) for fmt in ("linear", "dynamic", "power") for bits in (8, 4)
@@ -192,7 +193,7 @@ def test_noise_differs_by_parameter_step_and_seed_only():
     """Equal gradients, other codes, in most of 64 rows; a missing gradient elsewhere changes nothing."""
     def codes(seed=0, missing=0, step=0):
         params, opt = make(NOISY4, [(16, 256)] * 3, seed=seed)
-        opt.describe()  # makes the state
+        moment_bytes(opt)  # makes the state
         for p in params[missing:]:
             p.grad = torch.randn(64, generator=torch.Generator().manual_seed(7)).repeat(16, 4)  # equal blocks of 64
             opt.state[p]["step"] += step
@@ -351,12 +352,12 @@ def test_5_a_resumed_run_is_the_same_bit_for_bit(config, dtype):
 
 @pytest.mark.parametrize(("bits", "each", "total"), [(8, 2 + 8 / 64, 2.13), (4, 1 + 8 / 64, 1.13)])
 def test_6_bytes_of_the_state(bits, each, total):
-    """2 and 1 + 8/64 bytes exactly where blocks fit, 2.13 and 1.13 over GPT-2 small; describe() says so."""
+    """2 and 1 + 8/64 bytes exactly where blocks fit, 2.13 and 1.13 over GPT-2 small; moment_bytes says so."""
     c = 768
     layer = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
     params = [nn.Parameter(torch.empty(s)) for s in [(50304, c), (1024, c), *layer * 12, (c,), (c,)]]
     opt = AdamW(params, 1e-3, OptimConfig(**both(bits)))
-    mean, line = opt.describe()
+    mean, line = moment_bytes(opt)
     size = {p: sum(x.nbytes for key, x in opt.state[p].items() if key != "step") for p in params}
     assert len(params) == 148 and all(size[p] == (each if p.numel() >= 4096 else 8) * p.numel() for p in params)
     assert mean == sum(size.values()) / sum(p.numel() for p in params) and round(mean, 2) == total
@@ -450,7 +451,7 @@ def test_parameters_that_cannot_be_stored_are_refused():
     table.grad = torch.ones(1000, 8).to_sparse(1)
     with pytest.raises(ValueError, match="sparse=False"):
         opt.step()
-    assert AdamW([{"params": []}], 1e-3).describe()[0] == 0
+    assert moment_bytes(AdamW([{"params": []}], 1e-3))[0] == 0
 
 
 @pytest.mark.parametrize(("config", "shapes", "parts", "message"), [

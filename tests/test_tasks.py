@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
+from eval import generate
 from extensions import tasks
 from extensions.tasks import Scorer, find_file, hub_columns, pages, read_documents, windows
 from model import GPT, GPTConfig, quant_linears
@@ -79,7 +80,7 @@ def test_greedy_and_rolling():
     """What the model writes by itself is greedy, its last byte changed is not; a text is scored behind end-of-text."""
     model = gpt()
     scorer = Scorer(model, 4)
-    text = model.generate(torch.tensor([[256]]), 5 * SIZE, temperature=0)[0].tolist()
+    text = generate(model, torch.tensor([[256]]), 5 * SIZE, temperature=0)[0].tolist()
     other = text[2:SIZE - 1] + [text[SIZE - 1] ^ 1]
     assert [greedy for _, greedy in scorer.score([(text[:2], text[2:SIZE]), (text[:2], other)])] == [True, False]
     long = "rolling through windows, each byte once \u00e9"
@@ -92,8 +93,8 @@ def test_greedy_and_rolling():
 def test_the_cache_changes_nothing(name):
     """In float64, the same logits with and without the keys and values of the past, into the window that slides."""
     model, idx = gpt(name, torch.float64).eval(), torch.randint(257, (3, 5), generator=torch.Generator().manual_seed(1))
-    plain = model.generate(idx, 2 * SIZE, seed=3)
-    assert torch.equal(plain, model.generate(idx, 2 * SIZE, seed=3, cached=True))
+    plain = generate(model, idx, 2 * SIZE, seed=3)
+    assert torch.equal(plain, generate(model, idx, 2 * SIZE, seed=3, cached=True))
     cache = [[] for _ in model.h]
     with torch.no_grad():
         for t in range(5, SIZE + 3):
@@ -106,7 +107,7 @@ def test_generate_until():
     scorer, alone = Scorer(gpt(), 1), Scorer(gpt(), 1, alone=True)
 
     def plain(context, n):
-        ids = scorer.model.generate(torch.tensor([context]), n, temperature=0)[0, len(context):].tolist()
+        ids = generate(scorer.model, torch.tensor([context]), n, temperature=0)[0, len(context):].tolist()
         ids = ids[:ids.index(256)] if 256 in ids else ids
         return scorer.tokenizer.decode(ids)
     whole = plain(list(b"abc"), 12)

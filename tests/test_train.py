@@ -22,7 +22,7 @@ import train
 from support import device
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.config import build
-from support.presets import PRESETS, SIZES
+from support.presets import PRESETS, SIZES, load_config
 
 W8A8 = ["--wbits=8", "--abits=8"]
 RANDOM = [*W8A8, "--gbits=8", "--rounding=stochastic", "--dropout=0.1",  # all that draws random numbers
@@ -193,6 +193,16 @@ def test_sigkill_at_random_points(run, data, tmp_path):
     assert same(load_checkpoint(cut), load_checkpoint(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("gpu, flags, layers", [
+    (True, [], 4), (True, ["--dataset=shakespeare"], 12), (False, ["--dataset=shakespeare"], 4),
+    (True, ["--dataset=shakespeare", "--device=cpu"], 4), (True, ["--preset=gpt2"], 12)])
+def test_the_size_fits_device_and_data(monkeypatch, gpu, flags, layers):
+    """Without a size: tiny for a CPU, and for the standard library, which is no food for GPT-2."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert load_config(train.TrainConfig, PRESETS, "")[0].model.n_layer == layers
+
+
 def test_resume_refuses_another_run(run, tmp_path):
     """A resumed run keeps its configuration; what would make it another run is an error, a larger max_iters is not."""
     def refused(message, *flags, out=tmp_path / "a"):
@@ -208,6 +218,9 @@ def test_resume_refuses_another_run(run, tmp_path):
     refused("--m1bits=8 differs from the 32 this run began with", "--m1bits=8")
     assert run(tmp_path / "a", "--resume", "--max_iters=4", small=[])[0] == 0
     assert load_checkpoint(tmp_path / "a")["step"] == 4
+    run(tmp_path / "b", "--max_iters=2", "--min_lr=0")  # behind the schedule's end nothing would train
+    code, _, err = run(tmp_path / "b", "--resume", "--max_iters=3", small=[])
+    assert code == 2 and "from step 2 (--lr_decay_iters) the learning rate would be --min_lr=0" in err
 
 
 def test_a_signal_in_the_last_step_changes_nothing(run, signals, tmp_path):
