@@ -153,11 +153,11 @@ class Scale(NamedTuple):
 
 SCALES = {
     "laptop": Scale("--preset=laptop --compile=False --sample_tokens=0", (1, 2, 3),
-                    "220,000 parameters, 4.6M tokens, 4 to 9 minutes of one core"),
+                    "229,000 parameters, 4.6M tokens, 4 to 9 minutes of one core"),
     "laptop-small": Scale("--preset=laptop-small --compile=False --sample_tokens=0", (1, 2, 3),
-                          "64,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
+                          "65,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
-                          "491,000 parameters, 9.8M tokens; not run yet, and its learning rate not tuned"),
+                          "491,000 parameters, 9.8M tokens, 13 to 20 minutes of one core"),
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),

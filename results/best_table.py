@@ -21,8 +21,8 @@ CANDIDATES = {  # W, A, G, m1, m2
 CONTRASTS = {
     "both moments in 4 bits instead of 8 or 32": (("adam4", "E0"), ("bits28", "bits36"), ("bits24", "bits32-6")),
     "m1 in 4 bits instead of 8": (("bits32", "bits36"),), "m2 in 4 bits instead of 8": (("bits28", "bits32"),),
-    "W8 A8, and G in 4 bits": (("bits36", "E0"), ("bits28", "adam4")),
-    "W and A in 6 bits instead of 8": (("bits32-6", "bits36"), ("bits24", "bits28"))}
+    "W8 A8, and G in 4 bits (beside E0: and moments in 8)": (("bits36", "E0"), ("bits28", "adam4")),
+    "W and A in 6 bits, A asymmetric, instead of 8": (("bits32-6", "bits36"), ("bits24", "bits28"))}
 
 if __name__ == "__main__":
     scale = sys.argv[1] if sys.argv[1:] else "laptop"
