@@ -1,9 +1,9 @@
 """Does a recipe's loss grow with the model? python results/sizes.py SCALE SCALE [...] of sweep.py, from results/.
 
-Takes every row that ran at all of the scales; writes results/sizes.csv and results/sizes.png, and prints the table:
-difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. From three scales on, the
-last columns are the exponent k of |difference| ~ parameters**k and the range of it over 2,000 draws from the intervals;
-the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
+Takes every row that ran at two of the scales or more; writes results/sizes.csv and results/sizes.png, and prints the
+table: difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. Of a row with three
+sizes, the last columns are the exponent k of |difference| ~ parameters**k and its range over 2,000 draws from the
+intervals; the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
 """
 
 import math
@@ -38,18 +38,19 @@ if __name__ == "__main__":
     found = [read_runs(ROOT / "results" / scale / "runs.jsonl", scale) for scale in sys.argv[1:]]
     found = sorted(((done["E0", 1]["parameters"], done) for done in found), key=lambda pair: pair[0])
     sizes = np.array([n for n, _ in found], float)
-    names = [name for name in dict.fromkeys(row for row, _ in found[-1][1]) if name != "E0"
-             and all(compare(done, name, "E0").pairs for _, done in found)]
+    names = [name for name in dict.fromkeys(row for _, done in found for row, _ in done) if name != "E0"
+             and sum(compare(done, name, "E0").pairs > 0 for _, done in found) > 1]
     rows, (figure, panels) = [], new_figure(1, 1, size=(8, 5))
     print("| row | " + " | ".join(f"{n:,.0f}" for n in sizes) + " | k | at 124M |\n" + "|---" * (len(sizes) + 3) + "|")
     for name in names:
         ds = [compare(done, name, "E0") for _, done in found]
         means, halves = (np.array([getattr(d, key) for d in ds]) for key in ("mean", "half"))
-        law = fit(sizes, means, halves)
+        ran = np.isfinite(means)
+        law = fit(sizes[ran], means[ran], halves[ran])
         rows.append({"row": name, **{f"{key} {n:.0f}": v for n, m, h in zip(sizes, means, halves, strict=True)
                                      for key, v in (("mean", m), ("half", h))}, **law})
-        panels[0][0].errorbar(sizes, means, halves, fmt="o-", capsize=3, label=name)
-        cells = [f"{m:+.4f} +- {h:.4f}" for m, h in zip(means, halves, strict=True)]
+        panels[0][0].errorbar(sizes[ran], means[ran], halves[ran], fmt="o-", capsize=3, label=name)
+        cells = [f"{m:+.4f} +- {h:.4f}" if math.isfinite(m) else "" for m, h in zip(means, halves, strict=True)]
         said = ["", ""] if math.isnan(law["k"]) else [
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
             f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]

@@ -27,7 +27,8 @@ SIZES = {
                  beta2=0.99, max_iters=2000, eval_interval=500, eval_tokens=2**16, log_interval=50),
     # sweep.py's scales: 65,000, 229,000 and 491,000 parameters, and 23M (GPT-2's vocabulary), 20 tokens for each. Rates
     # for E0, seed 1: laptop 3e-3, 6e-3, 1e-2, 1.6e-2, 2.4e-2: 1.537, 1.470, 1.454, 1.447, 1.618; laptop-small 1.6e-2,
-    # 2.4e-2, 3.6e-2: 2.108, 2.098, 2.166; laptop-large 5.5e-3, 8e-3, 1.2e-2: 1.178, 1.191, 1.208; gpu not tuned yet.
+    # 2.4e-2, 3.6e-2: 2.108, 2.098, 2.166; laptop-large 4e-3, 5.5e-3, 8e-3, 1.2e-2: 1.200, 1.178, 1.191, 1.208; gpu is
+    # not tuned yet.
     "laptop": LAPTOP, "laptop-small": LAPTOP | dict(n_head=2, n_embd=32, learning_rate=2.4e-2, max_iters=625,
                                                     eval_interval=125),
     "laptop-large": LAPTOP | dict(n_head=6, n_embd=96, learning_rate=5.5e-3, max_iters=4790, eval_interval=479),
