@@ -337,4 +337,3 @@ class GPT(nn.Module):
         else:  # a window that slides gives every token another position
             x = self.hidden(idx[:, -self.config.block_size:])
         return self.lm_head(x[:, -1:])[:, 0, :self.vocab_size].float()
-

@@ -307,7 +307,7 @@ def make_missing(config: DataConfig) -> None:
     """Prepare the default data set, which needs no download, where it is missing."""
     folder = Path(config.data_dir, config.dataset)
     if config.dataset == DataConfig.dataset and not folder.exists():
-        print(f"{folder} is missing: preparing it from Python's standard library")
+        print(f"{folder} is missing: preparing it from Python's standard library", flush=True)
         prepare(PrepareConfig(data=config, processes=1))
 
 

@@ -132,10 +132,11 @@ ROWS = {
 }
 HEAD = """# The matrix of arXiv 2407.11722 at scale {scale}
 
-`python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per token.
-Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f} between seeds
-with {chaos[1]} degrees of freedom, or the row's own where that is {wide} times as large (verdicts.py says how); below
-{tie} nats is no difference; of twenty rows that change nothing, one is expected to seem to. Memory: one step,
+`python sweep.py --scale={scale} --report` wrote this from {runs} runs in runs.jsonl. Loss: validation, nats per
+token. Differences: within seeds, mean +- half of the 95 % interval, from a standard deviation of {chaos[0]:.4f}
+between seeds with {chaos[1]} degrees of freedom, or the row's own where that is {wide:g} times as large (verdicts.py
+says how). A row of which each seed by itself differs by more than chance is worse or better whatever its interval.
+Below {tie} nats is no difference; of twenty rows that change nothing, one is expected to seem to. Memory: one step,
 uncompiled, MiB. probe_*: what E0's checkpoint says of a recipe (probe.py): change of its loss in nats, bias of the
 gradient and error of Adam's update as shares of their size. Commit, data and machine of each run stand in runs.jsonl;
 runs share the machine with others, so tokens_per_s are lower bounds.

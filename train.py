@@ -50,8 +50,8 @@ from support.presets import PRESETS, load_config
 
 @dataclass
 class TrainConfig:
-    """The training loop. The defaults are gpt2's; without a GPU, or with stdlib, the preset tiny comes first."""
-    preset: str = ""  # from left to right, then the flags; without a model size: tiny, or gpt2
+    """The training loop. The defaults are gpt2's; the preset tiny comes first without a GPU, or with stdlib."""
+    preset: str = ""  # from left to right, then the flags; without a size, gpt2 on a GPU with --dataset, else tiny
     out_dir: str = "out"  # checkpoints and log.jsonl
     resume: bool | None = False  # go on with the run in out_dir, and its config; auto: if it is there
     init_from: str = "scratch"  # or weights and shape of a checkpoint, or Hugging Face GPT-2 folder

@@ -1,11 +1,13 @@
 """What the runs of a sweep say: differences to a row of the same seeds, their intervals, a verdict, two figures.
 
 Training is chaotic: a recipe that changes no more than a rounding ends some hundredths of a nat away, seed by seed.
-How much is taken from all rows that end within NEAR of E0 together, late runs apart: what is left of their losses
-once a mean for each row and one for each seed are fitted. The interval beside a mean difference is Student's at 95 %,
-from that deviation, or from that of the row's own differences if these scatter WIDE times as much. tie: the whole
-interval lies within TIE; worse, better: it excludes zero, or each pair by itself would; else the runs do not decide.
-All rows share E0's runs, and so their luck; and of twenty rows that change nothing, one is expected to exclude zero.
+How much is taken from all rows that end within NEAR of E0 together, without runs that end NEAR or more from the
+median of their row: what is left of their losses once a mean for each row and one for each seed are fitted. The
+interval beside a mean difference is Student's at 95 %, from that deviation; from the row's own where that is WIDE
+times as large (less goes unnoticed, and then the interval is too narrow); none for a single pair that is NEAR or more
+apart. tie: the whole interval lies within TIE; worse, better: it excludes zero, or each of several pairs by itself
+would; else the runs do not decide. All rows share E0's runs, and so their luck, an accident of E0 included; and of
+twenty rows that change nothing, one is expected to exclude zero.
 """
 
 import math
@@ -18,7 +20,7 @@ import numpy as np
 from analyze import new_figure
 
 NEAR = 0.1  # nats from E0: rows whose scatter tells how chaotic training is at this scale
-WIDE = 2.5  # a row whose differences scatter that many times as much has an interval of its own
+WIDE = 2.0  # a row whose differences scatter that many times as much has an interval of its own
 TIE = 0.02  # nats: less than this between two recipes is called no difference
 # Student's t, two-sided 95 %, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131,
@@ -53,7 +55,7 @@ class Difference(NamedTuple):
     def verdict(self) -> str:
         """Return tie, better, worse, diverged, both diverged, not decided or not run."""
         seeds = self.pairs + self.diverged + self.outlived + self.both
-        if self.both >= max(1, seeds - self.both):
+        if 2 * self.both > seeds:
             return "both diverged"
         if self.diverged > self.pairs + self.outlived:
             return f"diverged {self.diverged}/{seeds - self.both}"
@@ -130,6 +132,8 @@ def judge(d: Difference, expected: str) -> str:
         return f"confirmed: {found}" if expected in ("diverged", "worse") else f"contradicted: {found}"
     if expected == "diverged":
         return f"not diverged in these runs: {found}"
+    if found == "not decided" and not d.pairs:
+        return "not decidable here: no seed finished in both rows"
     if found == "not decided" and d.half == math.inf:
         return "one seed decides nothing but divergence"
     near = expected == "tie" and abs(d.mean) - d.half <= TIE and not d.each

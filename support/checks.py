@@ -1,7 +1,8 @@
 """What the configs refuse: numbers out of range, values that exclude each other, flags that would be ignored.
 
 A flag that cannot take effect is an error, never ignored: a typo would look like a result. Each function takes the
-config of the file it is named after and raises a ValueError that says what is wrong and what to do.
+config of the file it is named after, or what quant.py builds of it, and raises a ValueError that says what is wrong
+and what to do.
 """
 
 from math import inf
@@ -137,10 +138,11 @@ def check_train(config: Any) -> None:
                          "give a smaller --min_lr too")
     if config.lr_decay_iters is not None and config.lr_decay_iters < config.warmup_iters:
         raise ValueError(f"--lr_decay_iters={config.lr_decay_iters} is below --warmup_iters={config.warmup_iters}")
-    if not config.min_lr and (end := config.lr_decay_iters or config.max_iters) < config.max_iters:
+    end = config.lr_decay_iters
+    if not config.min_lr and end is not None and end < config.max_iters:
         raise ValueError(f"--max_iters={config.max_iters}: from step {end} (--lr_decay_iters) the "
-                         "learning rate would be --min_lr=0, and nothing would train; begin "
-                         "another run, perhaps with --init_from this one")
+                         "learning rate would be --min_lr=0, and nothing would train; give a smaller "
+                         "--max_iters, or begin another run, perhaps with --init_from this one")
     refuse_idle(config, wsd_decay=(config.schedule == "wsd", "without --schedule=wsd"))
     if not 0 < config.wsd_decay <= 1:
         raise ValueError(f"--wsd_decay={config.wsd_decay} must lie in (0, 1]")

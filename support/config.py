@@ -170,7 +170,7 @@ def parse(cls: type, argv: list[str] | None = None, presets: dict[str, dict] | N
     """Read the command line, or `argv`, into an instance of `cls`; presets: {name: flat}, doc: text above the flags.
 
     `base` takes the flags that were given, {name: value}, and returns flat values that stand in for the defaults
-    (train.py: those of a run to resume). It may change what was given (train.py: a preset for the device).
+    (train.py: those of a run to resume). It may change what was given (train.py: a preset for device and data).
     """
     presets = presets or {}
     parser = _parser(cls, presets, doc)

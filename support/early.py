@@ -40,7 +40,7 @@ def check() -> None:
         if base and any(arg.startswith(("--resume", "--init")) or arg == "--preset" for arg in sys.argv):
             raise _IsFine  # what the flags add to lies in a file
         theirs = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("--preset=")]
-        sizes = ("gpt2", "tiny") if base else ()  # is there a GPU? torch would know
+        sizes = ("gpt2", "tiny") if base else ()  # is there a GPU? which data?
         for more in [[f"--preset={size},{''.join(theirs[-1:])}"] for size in sizes] or [[]]:
             try:
                 with contextlib.redirect_stderr(io.StringIO()) as errors:

@@ -95,8 +95,8 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
             return {**source["asked"], "device": None}
         names = [name for name in given.get("preset", "").split(",") if name]
         if not SIZES.keys() & names:  # the size that fits the device and the data
-            large = torch.cuda.is_available() and given.get("device") != "cpu" and \
-                given.get("dataset", DataConfig.dataset) != DataConfig.dataset
+            large = torch.cuda.is_available() and given.get("device") != "cpu" and (
+                given.get("dataset", DataConfig.dataset) != DataConfig.dataset or "init_from" in given)
             given["preset"] = ",".join(["gpt2" if large else "tiny", *names])
         if given.get("init_from", "scratch") != "scratch":
             path = Path(given["init_from"])
@@ -133,7 +133,9 @@ def go_on(config: Any, source: dict) -> Any:
         if source["auto"]:
             print(finished)
             sys.exit(0)
-        raise ValueError(f"{finished}; a larger --max_iters goes on, at --min_lr")
+        began = source["config"]
+        more = began["min_lr"] or began["lr_decay_iters"] > source["step"]
+        raise ValueError(finished + "; a larger --max_iters goes on" * bool(more))
     source["asked"] = flat  # with the free flags of today
     chosen = {name: value for name, value in source["config"].items() if name not in FREE_ON_RESUME}
     return build(type(config), {**flat, **chosen})

@@ -106,7 +106,9 @@ def test_the_spread_of_simulated_runs():
     ((math.nan, math.inf, 0, 0, 3, 0), "better", {"better": "confirmed", "worse": "contradicted"}),
     ((0.50, math.inf, 1, 0, 0, 0), "not decided", {"worse": "one seed decides", "tie": "one seed"}),
     ((0.36, 0.45, 3, 0, 0, 0, 1), "worse", {"worse": "confirmed", "tie": "contradicted", "better": "contradicted"}),
-    ((math.nan, math.inf, 0, 1, 1, 0), "not decided", {"better": "one seed", "diverged": "not diverged"}),
+    ((math.nan, math.inf, 0, 1, 1, 0), "not decided", {"better": "not decidable here: no seed"}),
+    ((0.1, 0.02, 1, 0, 0, 1), "worse", {"worse": "confirmed"}),
+    ((math.nan, math.inf, 0, 1, 0, 1), "diverged 1/1", {"diverged": "confirmed"}),
     ((math.nan, math.inf, 0, 2, 0, 1), "diverged 2/2", {"diverged": "confirmed"}),
     ((math.nan, math.inf, 0, 0, 0, 2), "both diverged", {"tie": "both diverged", "diverged": "both diverged"}),
     ((math.nan, math.inf, 0, 0, 0, 0), "not run", {"tie": "not run"})])
