@@ -49,7 +49,8 @@ if __name__ == "__main__":
         law = fit(sizes[ran], means[ran], halves[ran])
         rows.append({"row": name, **{f"{key} {n:.0f}": v for n, m, h in zip(sizes, means, halves, strict=True)
                                      for key, v in (("mean", m), ("half", h))}, **law})
-        panels[0][0].errorbar(sizes[ran], means[ran], halves[ran], fmt="o-", capsize=3, label=name)
+        aside = 1 + 0.02 * names.index(name)  # or the bars would hide one another
+        panels[0][0].errorbar(sizes[ran] * aside, means[ran], halves[ran], fmt="o-", capsize=3, label=name)
         cells = [f"{m:+.4f} +- {h:.4f}" if math.isfinite(m) else "" for m, h in zip(means, halves, strict=True)]
         said = ["", ""] if math.isnan(law["k"]) else [
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
@@ -57,6 +58,6 @@ if __name__ == "__main__":
         print(f"| {name} | " + " | ".join(cells + said) + " |")
     panels[0][0].set(xscale="log", xlabel="parameters (20 tokens for each)",
                      ylabel="validation loss - E0's, nats per token")
-    panels[0][0].legend()
+    panels[0][0].legend(loc="lower center", ncols=3)
     figure.savefig(ROOT / "results/sizes.png", dpi=100)
     write_csv(rows, ROOT / "results/sizes.csv")
