@@ -7,9 +7,9 @@ The core recomputes a scale from the weights at each call. LSQ trains it instead
 
 with s = 2 mean|w| / sqrt(qmax) at the start (section 2.1). The paper trains with SGD, where the factor sets how fast
 s moves. Adam divides by a gradient's size: here the factor keeps s out of the norm that is clipped, --lsq_lr sets its
-speed (1 trains well at scale laptop, results/laptop/table.md). That is a reparam: it maps the weight (N, K) to the
-one that is used, and brings a parameter of its own, which trains and is saved, resumed, evaluated and exported with
-the model.
+speed (with 1, lsq4 loses half of what W3 does: results/laptop/table.md). That is a reparam: it maps the weight (N, K)
+to the one that is used, and brings a parameter of its own, which trains and is saved, resumed, evaluated and exported
+with the model.
 
     python train.py --preset=lsq4                      # 4-bit weights with learned steps; W3 is its untrained twin
 

@@ -96,7 +96,8 @@ def load_config(config_class: type, presets: dict[str, dict], doc: str) -> tuple
         names = [name for name in given.get("preset", "").split(",") if name]
         if not SIZES.keys() & names:  # the size that fits the device and the data
             large = torch.cuda.is_available() and given.get("device") != "cpu" and (
-                given.get("dataset", DataConfig.dataset) != DataConfig.dataset or "init_from" in given)
+                given.get("dataset", DataConfig.dataset) != DataConfig.dataset
+                or given.get("init_from", "scratch") != "scratch")
             given["preset"] = ",".join(["gpt2" if large else "tiny", *names])
         if given.get("init_from", "scratch") != "scratch":
             path = Path(given["init_from"])

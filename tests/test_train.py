@@ -194,7 +194,8 @@ def test_sigkill_at_random_points(run, data, tmp_path):
 
 
 @pytest.mark.parametrize("gpu, flags, layers", [
-    (True, [], 4), (True, ["--dataset=shakespeare"], 12), (False, ["--dataset=shakespeare"], 4),
+    (True, [], 4), (True, ["--init_from=scratch"], 4),
+    (True, ["--dataset=shakespeare"], 12), (False, ["--dataset=shakespeare"], 4),
     (True, ["--dataset=shakespeare", "--device=cpu"], 4), (True, ["--preset=gpt2"], 12)])
 def test_the_size_fits_device_and_data(monkeypatch, gpu, flags, layers):
     """Without a size: tiny for a CPU, and for the standard library, which is no food for GPT-2."""
