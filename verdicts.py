@@ -83,7 +83,7 @@ def chaos(done: Runs) -> tuple[float, int]:
 
     A loss is a mean of its row + one of its seed + noise; a difference within seeds has the noise twice. (From the
     differences to E0 alone it would be known no better than E0's few runs tell: all of them share these.) Left out are
-    rows whose median difference to E0 is NEAR or more, and runs that far from their row's: late ones, results/noise.md.
+    rows whose median difference to E0 is NEAR or more, and runs that end that far from their row's.
     """
     runs = []
     for name in dict.fromkeys(row for row, _ in done):
