@@ -27,8 +27,8 @@ class Stored:
         self.codes = Quantized(codes, scale, None)  # (N, K) int8, (N/tr, 1, K/tc, 1) fp32
 
     def quantize(self, x: Tensor) -> Quantized:
-        """Return the codes of x (N, K)."""
-        return self.codes
+        """Return the codes of x (N, K), where x is."""
+        return Quantized(self.codes.codes.to(x.device), self.codes.scale.to(x.device), None)
 
 
 def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import eval as evaluation
 import extensions
 from support.checkpoint import load_checkpoint, model_from
-from support.codes import load_codes, pack_bits, unpack_bits, with_codes
+from support.codes import Stored, load_codes, pack_bits, unpack_bits, with_codes
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -36,6 +36,12 @@ def test_the_loss_is_the_same_to_the_last_bit(flags, run, call, tmp_path):
     before, after = (call(evaluation.main, f"--ckpt={path}", "--sample_tokens=40")[1].split("\n", 1)
                      for path in (tmp_path / "a", file))
     assert before[1] == after[1] and f"{column(tmp_path / 'a', 'val_loss')[-1]:.4f}" in after[1]
+
+
+def test_codes_go_where_the_model_is():
+    """The file is read on the CPU, and the model moved afterwards."""
+    stored = Stored(torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1, 1, 1))
+    assert {t.device.type for t in stored.quantize(torch.empty(4, 8, device="meta"))[:2]} == {"meta"}
 
 
 def test_refused(run, call, tmp_path, monkeypatch):
