@@ -14,7 +14,9 @@ wanted() { [[ $parts == *" $1 "* ]]; }
 part() { name=$1; limit=$2; shift 2; echo "== $name"; timeout "$limit" "$@" > "$out/$name.txt" 2>&1; echo "rc $?"; tail -n 12 "$out/$name.txt"; }
 
 git describe --always --dirty > "$out/commit.txt"
-wanted tests && part tests 240 "$PYTHON" -m pytest -q -x tests/test_quant.py tests/test_int8.py tests/test_optim.py tests/test_model.py
+"$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' > "$out/device.txt" || exit  # no GPU, an old driver
+test -d data/stdlib || "$PYTHON" prepare_data.py --dataset=stdlib  # once, not by eight runs at a time
+wanted tests && part tests 240 "$PYTHON" -m pytest -q -x tests/test_gpu.py tests/test_quant.py
 wanted optimizer && part optimizer 120 "$PYTHON" bench.py --what=optimizer --rounds=30
 wanted gemm && for width in 768 1024 1280; do
   part "gemm-$width" 40 "$PYTHON" bench.py --what=gemm --n_embd=$width --n_head=16 --batch_size=32
