@@ -225,7 +225,7 @@ class Run:
                 sum((term / (last + 1) for term in terms.values()), loss).backward()
             total += loss.detach()
             for name, term in terms.items():
-                extras[name] = extras.get(name, 0.0) + term.item() / (last + 1)
+                extras[name] = extras.get(name, 0.0) + term.detach() / (last + 1)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
         # (2) what all processes must agree on: they leave the loop at the same step
         loss, stops = self.processes.sum([total.item(), float(len(self.stop))])
@@ -236,7 +236,7 @@ class Run:
             self.optimizer.step()
             self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, extras, norm.item(), stops > 0
+        return loss, {name: term.item() for name, term in extras.items()}, norm.item(), stops > 0
 
     def train(self, log: Log) -> tuple[str, int]:
         """Run to max_iters, a signal or a non-finite loss: (status, exit code)."""
