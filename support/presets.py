@@ -72,7 +72,7 @@ PRESETS = SIZES | {
            ("S4", 1, 4, "channel"), ("S6", 2, 8, "channel"), ("S6-per_tensor", 2, 8, "tensor"))},
     "C1": dict(wbits=8, abits=8), "C2": dict(wbits=8, abits=8, gbits=8, split_qkv=True),
     # the fewest bits that showed no damage in training, at one small size: results/best.md
-    "best": dict(wbits=6, abits=6, asym=True, gbits=4, split_qkv=True, m1bits=8, m2bits=8),
+    "best": dict(wbits=6, abits=6, asym=True, gbits=4, split_qkv=True, m1bits=4, m2bits=8),
 }
 # A resumed run takes these from the command line, and everything else from its checkpoint.
 FREE_ON_RESUME = {"preset", "out_dir", "resume", "max_iters", "log_interval", "sample_tokens",
