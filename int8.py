@@ -39,8 +39,10 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
     if length * 127**2 >= 2**31:
         raise ValueError(f"--gemm=int8 sums {length} products, more than int32 holds (133,144); "
                          "use a smaller --batch_size")
-    w = b.codes.T  # views where possible: a contiguous copy of g.T or x.T costs more than its GEMM
-    if x.is_cuda:  # cuBLAS: more than 16 rows, the other two sizes multiples of 8, both operands contiguous along L
+    w = b.codes.T  # a view: on a CPU a contiguous copy of g.T or x.T costs more than its GEMM
+    # cuBLAS: more than 16 rows, the other two sizes multiples of 8, and both operands contiguous along L: newer ones
+    # have no kernel where neither is transposed (pytorch issue 169956; not run on a GPU here yet)
+    if x.is_cuda:
         if length % 8 or b.codes.shape[0] % 8:
             raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, not {rows} x "
                              f"{length} x {b.codes.shape[0]}; change --n_embd, --batch_size or use --gemm=simulate")

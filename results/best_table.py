@@ -1,7 +1,8 @@
 """The candidates for the preset `best`, from sweep.py's runs: python results/best_table.py [SCALE, else laptop].
 
 Prints a row of a table per candidate, and what changing one thing does, taken from all pairs of rows that differ in it
-alone: the mean of the differences within seeds, and Student's 95 % interval from the spread of all runs (verdicts.py).
+('at random' and 'W8 A8, and G' are two): the mean of the differences within seeds, and Student's 95 % interval from the
+spread of all runs (verdicts.py).
 """
 
 import sys

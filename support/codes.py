@@ -28,7 +28,8 @@ class Stored:
 
     def quantize(self, x: Tensor) -> Quantized:
         """Return the codes of x (N, K), where x is."""
-        return Quantized(self.codes.codes.to(x.device), self.codes.scale.to(x.device), None)
+        self.codes = Quantized(*(t if t is None else t.to(x.device) for t in self.codes))
+        return self.codes
 
 
 def export_codes(model: GPT, path: Path, checkpoint: dict) -> str:

@@ -10,7 +10,7 @@ from int8 import int8_gemm
 from optim import AdamW, OptimConfig
 from quant import Quantized, Quantizer
 
-DEVICE = "cuda"
+DEVICE = "cuda"  # "cpu" tries this file without one, but for the refusal of sizes
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -48,7 +48,7 @@ def test_integer_gemms_of_forward_and_backward():
                                    dict(m1bits=4, m1fmt="linear", m1gran="per_channel")], ids=str)
 @pytest.mark.parametrize("compile", [False, True])
 def test_optimizer(flags, compile):
-    """Ten steps: parameters agree to rounding, which moves few codes and those by one."""
+    """Ten steps: parameters and scales agree to rounding, which moves few codes."""
     results = []
     for device in ("cpu", DEVICE):
         p = torch.nn.Parameter(normal(96, 64).to(device))
@@ -57,8 +57,9 @@ def test_optimizer(flags, compile):
             p.grad = normal(96, 64, seed=step).to(device)
             optimizer.step()
         state = optimizer.state[p]
-        results.append((p.detach().cpu(), *(state[key].cpu() for key in ("exp_avg", "exp_avg_sq"))))
-    (p, *codes), (q, *others) = results
+        results.append((p.detach().cpu(), *(state[key].cpu() for key in ("scales", "exp_avg", "exp_avg_sq"))))
+    (p, s, *codes), (q, t, *others) = results
+    torch.testing.assert_close(s, t, rtol=1e-3, atol=0)
     assert (p - q).abs().max() < 1e-2 and (p - q).abs().mean() < 1e-5
     for a, b in zip(codes, others, strict=True):
         assert torch.isclose(a.float(), b.float(), rtol=1e-4, atol=1e-6).float().mean() > 0.99
