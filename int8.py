@@ -46,7 +46,7 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
         if length % 8 or b.codes.shape[0] % 8:
             raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, not {rows} x "
                              f"{length} x {b.codes.shape[0]}; change --n_embd, --batch_size or use --gemm=simulate")
-        x, w = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous(), b.codes.contiguous().T  # at least 17 rows
+        x, w = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous(), b.codes.contiguous().T
     if 1 in (*x.shape, *w.shape):  # torch 2.13's CPU misreads a transposed view with an axis of 1
         x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
     y = torch._int_mm(x, w)[:rows]  # (R, S) int32

@@ -127,12 +127,13 @@ ROWS = {
     "bits36": Row("--preset=C1,G3,adam8 --compile=True"),
     "bits32": Row("--preset=C1,G3 --m1bits=4 --m2bits=8 --compile=True"),
     "bits32-6": Row("--preset=G3,adam8 --wbits=6 --abits=6 --asym --compile=True"),
-    "bits31": Row("--preset=G3,adam8 --wbits=6 --abits=6 --asym --gbits=3 --rounding=stochastic --compile=True"),
+    "bits31": Row("--preset=G3,adam8 --wbits=6 --abits=6 --asym --gbits=3 --rounding=stochastic "
+                  "--compile=True"),
     "bits28-6": Row("--preset=G3 --wbits=6 --abits=6 --asym --m1bits=4 --m2bits=8 --compile=True"),
-    "bits27": Row("--preset=G3 --wbits=6 --abits=6 --asym --gbits=3 --rounding=stochastic --m1bits=4 --m2bits=8 "
-                  "--compile=True"),
-    "bits26": Row("--preset=G3 --wbits=5 --abits=6 --asym --gbits=3 --rounding=stochastic --m1bits=4 --m2bits=8 "
-                  "--compile=True"),
+    "bits27": Row("--preset=G3 --wbits=6 --abits=6 --asym --gbits=3 --rounding=stochastic "
+                  "--m1bits=4 --m2bits=8 --compile=True"),
+    "bits26": Row("--preset=G3 --wbits=5 --abits=6 --asym --gbits=3 --rounding=stochastic "
+                  "--m1bits=4 --m2bits=8 --compile=True"),
     "bits28": Row("--preset=C1,G3 --m1bits=4 --m2bits=4 --compile=True"),
     "bits24": Row("--preset=G3 --wbits=6 --abits=6 --asym --m1bits=4 --m2bits=4 --compile=True"),
     "bits24-both": Row("--wbits=6 --abits=6 --asym --gbits=4 --ggemm=both --rounding=stochastic --m1bits=4 --m2bits=4"),

@@ -172,5 +172,6 @@ def resolve(config: Any, processes: Processes) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time
-        if "cuda" in config.device:  # else inductor times kernels, and may choose others in the next run
+        # inductor otherwise times kernels, and may choose others in the next run
+        if "cuda" in config.device:
             torch._inductor.config.deterministic = True
