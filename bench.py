@@ -30,7 +30,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,7 +45,7 @@ from model import GPT, GPTConfig
 from optim import AdamW, OptimConfig, param_groups
 from quant import Quantizer, QuantLinear, gemm
 from support.config import build, flatten, one_line_errors, parse, refuse_idle
-from support.device import choose_device, fast_bfloat16, flops_per_token, keep_freed_memory, peak_flops
+from support.device import choose_device, fast_bfloat16, flops_per_token, keep_freed_memory, machine, peak_flops
 from support.presets import PRESETS, SIZES
 from train import TrainConfig
 
@@ -128,15 +127,6 @@ def show(title: str, rows: list[dict], as_json: bool) -> None:
         cells = [v if isinstance(v, str) else f"{v:,.{max(0, 4 - len(str(int(v))))}f}"
                  for v in row.values()]
         print("| " + " | ".join(cells) + " |")
-
-
-def machine(device: str) -> str:
-    """Describe what the numbers were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    name = torch.cuda.get_device_name() if "cuda" in device else cpu
-    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
 
 
 # -----------------------------------------------------------------------------
@@ -366,7 +356,7 @@ def main() -> None:
         bench = {"step": bench_step, "memory": bench_memory, "optimizer": bench_optimizer,
                  "gemm": bench_gemm}[config.what]
         more, rows = bench(config, device)
-        show(f"{machine(device)}; {config.describe()}; {more}", rows, config.json)
+        show(f"torch {torch.__version__}, {machine(device)}; {config.describe()}; {more}", rows, config.json)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks
 
 
+def machine(device: str) -> str:
+    """Name what numbers are measured on: the GPU, or the CPU and how many threads."""
+    if "cuda" in device:
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
 def peak_flops(config: Any, device: str) -> float:
     """Return the device's FLOP/s in dense bf16 GEMMs from data sheets, or else as measured on one GEMM."""
     if config.dtype == "bfloat16" and "cuda" in device:

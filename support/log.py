@@ -22,7 +22,7 @@ from tqdm import tqdm
 from optim import AdamW, layout, new_state
 from quant import QuantLinear
 from support.config import differences, flatten
-from support.device import Processes
+from support.device import Processes, machine
 
 
 def read_log(path: Path) -> list[dict]:
@@ -59,8 +59,7 @@ def introduce(config: Any, processes: Processes, model: nn.Module, optimizer: Ad
     commit = shutil.which("git") and subprocess.run(
         ["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty"],
         capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(processes.device) if "cuda" in processes.device else \
-        f"CPU, {torch.get_num_threads()} threads"
+    name = machine(processes.device)
     changed = ", ".join(f"{k}={v}" for k, v in differences(config).items()) or "defaults"
     quantized = [m.weight for m in model.modules() if isinstance(m, QuantLinear) and m.recipe]
     total, quantized = (sum(p.numel() for p in part) for part in (model.parameters(), quantized))
