@@ -195,7 +195,7 @@ class SweepConfig:
         refuse_idle(self, **{name: (not self.report, "with --report")
                              for name in ("rows", "seeds", "jobs", "launcher")})
         refuse_idle(self, jobs=(not self.show, "with --show"))
-        for name, most in (("seeds", 10), ("jobs", 64)):
+        for name, most in (("seeds", 100), ("jobs", 64)):
             if (value := getattr(self, name)) is not None and not 1 <= value <= most:
                 raise ValueError(f"--{name}={value} must lie in 1 to {most}")
 

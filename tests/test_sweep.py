@@ -143,7 +143,7 @@ def test_report(tmp_path, call):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--rows=E0,W9"], "there is no row 'W9'; use some of E0,"), (["--seeds=0"], "--seeds=0 must lie in 1 to 10"),
+    (["--rows=E0,W9"], "there is no row 'W9'; use some of E0,"), (["--seeds=0"], "--seeds=0 must lie in 1 to 100"),
     (["--show", "--report"], "exclude each other"),
     (["--report", "--rows=C1"], "--rows=C1 has no effect with --report"),
     (["--show", "--jobs=2"], "--jobs=2 has no effect with --show"),
