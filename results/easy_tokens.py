@@ -1,0 +1,85 @@
+"""Whose part of the gradient do few bits lose? python results/easy_tokens.py DATA RUN [...]: folders of E0's runs.
+
+The tokens of 64 batches in four equal parts by their loss, and what each part contributes to the mean gradient of the
+block linears' weights: how much of the length of the exact contribution is found along it when g is rounded in
+grad_weight (slope), and how large the error is beside the whole mean gradient.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import layer_recipe  # noqa: E402
+from probe import Probe, compare_gradients, flat_norm  # noqa: E402
+from quant import QuantConfig, QuantLinear  # noqa: E402
+
+PARTS = 4
+FORMATS = {"4 bits per token (G3)": dict(gbits=4, split_qkv=True),
+           "3 bits per token": dict(gbits=3, split_qkv=True),
+           "4 bits in blocks of 32 tokens (G3-block)": dict(gbits=4, ggran="per_block", wblock=32),
+           "the same at random": dict(gbits=4, ggran="per_block", wblock=32, rounding="stochastic")}
+
+
+def captured(model: torch.nn.Module) -> dict[str, list[Tensor]]:
+    """Return {layer: [x (M, K), g (M, N)]}, which every pass through the model fills anew."""
+    kept = {}
+
+    def watch(name: str, layer: QuantLinear) -> None:
+        def hook(_, inputs, y):
+            kept[name] = [inputs[0].detach().flatten(0, 1)]
+            y.register_hook(lambda g: kept[name].append(g.flatten(0, 1)))
+        layer.register_forward_hook(hook)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and name.startswith("h."):
+            watch(name, layer)
+    return kept
+
+
+def contributions(run: str, data: str) -> tuple[list[dict], dict[str, list[dict]], list[float]]:
+    """Return each part's exact contribution {layer: dw}, the same by format, and the mean loss of each part."""
+    probe = Probe(run, 64, data_dir=data)
+    model, losses = probe.model({}), []
+    kept = captured(model)
+    total = {name: [{} for _ in range(PARTS)] for name in ("exact", *FORMATS)}
+    order = torch.randperm(probe.batches[..., 0].numel(), generator=torch.Generator().manual_seed(0))
+    for i, batch in enumerate(probe.batches.flatten(0, 1)[order].view_as(probe.batches)):
+        torch.manual_seed(i)
+        idx, targets = batch[:, :-1], batch[:, 1:]
+        logits = model(idx).flatten(0, 1)[:, :probe.checkpoint["vocab_size"]]
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="none")  # (M,)
+        loss.mean().backward()
+        loss = loss.detach()
+        members = loss.argsort().chunk(PARTS)  # tokens, the easiest first
+        losses.append([loss[m].mean().item() for m in members])
+        for name, (x, g) in kept.items():
+            out_features, in_features = g.shape[1], x.shape[1]
+            for fmt, sums in total.items():
+                g_t = g.T if fmt == "exact" else layer_recipe(
+                    QuantConfig(**FORMATS[fmt]), name, in_features, out_features).grad_weight_grad_output(g.T)
+                for part, m in zip(sums, members, strict=True):
+                    part[name] = part.get(name, 0) + g_t[:, m] @ x[m]
+    return total.pop("exact"), total, [statistics.mean(part) for part in zip(*losses, strict=True)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    runs = [contributions(run, sys.argv[1]) for run in sys.argv[2:]]
+    losses = [statistics.mean(values) for values in zip(*(run[2] for run in runs), strict=True)]
+    print("| slope; error beside the whole gradient | " + " | ".join(f"loss {x:.3f}" for x in losses)
+          + " |\n" + "|---" * (PARTS + 1) + "|")
+    for fmt in FORMATS:
+        cells = []
+        for part in range(PARTS):
+            slopes, errors = [], []
+            for exact, found, _ in runs:
+                names = list(exact[0])
+                whole = flat_norm({n: sum(e[n] for e in exact) for n in names})
+                slopes.append(compare_gradients([exact[part]], [found[fmt][part]], names)["slope"])
+                errors.append(flat_norm({n: found[fmt][part][n] - exact[part][n] for n in names}) / whole)
+            cells.append(f"{statistics.mean(slopes):.3f}; {statistics.mean(errors):.3f}")
+        print(f"| {fmt} | " + " | ".join(cells) + " |", flush=True)
