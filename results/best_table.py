@@ -16,18 +16,19 @@ from sweep import read_runs  # noqa: E402
 from verdicts import chaos, compare, differences, student  # noqa: E402
 
 CANDIDATES = {  # W, A, G, m1, m2
-    "C1": (8, 8, 32, 32, 32), "G3": (32, 32, 4, 32, 32), "S4": (32, 32, 32, 4, 32), "adam4": (32, 32, 32, 4, 4),
+    "C1": (8, 8, 32, 32, 32), "G3": (32, 32, 4, 32, 32), "S4": (32, 32, 32, 4, 32), "adam8": (32, 32, 32, 8, 8),
+    "adam4": (32, 32, 32, 4, 4),
     "bits84": (8, 8, 32, 4, 32), "bits36": (8, 8, 4, 8, 8), "bits32-6": (6, 6, 4, 8, 8), "bits32": (8, 8, 4, 4, 8),
     "bits31": (6, 6, 3, 8, 8), "bits28-6": (6, 6, 4, 4, 8), "bits27": (6, 6, 3, 4, 8), "bits26": (5, 6, 3, 4, 8),
     "bits28": (8, 8, 4, 4, 4), "bits24": (6, 6, 4, 4, 4), "bits24-both": (6, 6, 4, 4, 4)}
 CONTRASTS = {
-    "both moments in 4 bits instead of 8 or 32": (("adam4", "E0"), ("bits28", "bits36"), ("bits24", "bits32-6")),
+    "both moments in 4 bits instead of 8": (("adam4", "adam8"), ("bits28", "bits36"), ("bits24", "bits32-6")),
     "m1 in 4 bits instead of 8": (("bits32", "bits36"), ("bits28-6", "bits32-6"), ("bits27", "bits31")),
     "G in 3 bits at random instead of 4 to nearest": (("G3-3bits-stochastic", "G3"), ("bits31", "bits32-6"),
                                                       ("bits27", "bits28-6")),
     "m2 in 4 bits instead of 8": (("bits28", "bits32"), ("bits24", "bits28-6")),
     "W in 5 bits instead of 6": (("bits26", "bits27"),),
-    "W8 A8, and G in 4 bits (beside E0: and moments in 8)": (("bits36", "E0"), ("bits28", "adam4")),
+    "W8 A8, and G in 4 bits": (("bits36", "adam8"), ("bits28", "adam4")),
     "W and A in 6 bits, A asymmetric, instead of 8": (("bits32-6", "bits36"), ("bits28-6", "bits32"),
                                                       ("bits24", "bits28"))}
 
