@@ -1,8 +1,10 @@
 """Whose part of the gradient do few bits lose? python results/easy_tokens.py DATA RUN [...]: folders of E0's runs.
 
-The tokens of 64 batches in four equal parts by their loss, and what each part contributes to the mean gradient of the
-block linears' weights: how much of the length of the exact contribution is found along it when g is rounded in
-grad_weight (slope), and how large the error is beside the whole mean gradient.
+The tokens of each of 64 batches in four equal parts by their loss, the easiest first. g at a token also holds what
+later tokens ask of it. Of what each part contributes to the mean gradient of the block linears' weights when g is
+rounded in grad_weight: how much of the length of the exact contribution is found along it (slope), how large the error
+is beside the whole mean gradient (parts share scales, so errors do not add in squares), and the share of g's numbers
+that are zero, a mean over layers.
 """
 
 import statistics
@@ -40,15 +42,16 @@ def captured(model: torch.nn.Module) -> dict[str, list[Tensor]]:
     return kept
 
 
-def contributions(run: str, data: str) -> tuple[list[dict], dict[str, list[dict]], list[float]]:
-    """Return each part's exact contribution {layer: dw}, the same by format, and the mean loss of each part."""
+def contributions(run: str, data: str) -> tuple[list[dict], dict[str, list[dict]], dict[str, list], list[float]]:
+    """Return by part the exact contribution {layer: dw}, those by format, their shares of zeros, and the mean loss."""
     probe = Probe(run, 64, data_dir=data)
     model, losses = probe.model({}), []
     kept = captured(model)
     total = {name: [{} for _ in range(PARTS)] for name in ("exact", *FORMATS)}
+    zeros = {name: [[] for _ in range(PARTS)] for name in FORMATS}
     order = torch.randperm(probe.batches[..., 0].numel(), generator=torch.Generator().manual_seed(0))
-    for i, batch in enumerate(probe.batches.flatten(0, 1)[order].view_as(probe.batches)):
-        torch.manual_seed(i)
+    for number, batch in enumerate(probe.batches.flatten(0, 1)[order].view_as(probe.batches)):
+        torch.manual_seed(number)
         idx, targets = batch[:, :-1], batch[:, 1:]
         logits = model(idx).flatten(0, 1)[:, :probe.checkpoint["vocab_size"]]
         loss = F.cross_entropy(logits, targets.flatten(), reduction="none")  # (M,)
@@ -61,25 +64,28 @@ def contributions(run: str, data: str) -> tuple[list[dict], dict[str, list[dict]
             for fmt, sums in total.items():
                 g_t = g.T if fmt == "exact" else layer_recipe(
                     QuantConfig(**FORMATS[fmt]), name, in_features, out_features).grad_weight_grad_output(g.T)
-                for part, m in zip(sums, members, strict=True):
-                    part[name] = part.get(name, 0) + g_t[:, m] @ x[m]
-    return total.pop("exact"), total, [statistics.mean(part) for part in zip(*losses, strict=True)]
+                for i, m in enumerate(members):
+                    sums[i][name] = sums[i].get(name, 0) + g_t[:, m] @ x[m]
+                    if fmt != "exact":
+                        zeros[fmt][i].append((g_t[:, m] == 0).float().mean().item())
+    return total.pop("exact"), total, zeros, [statistics.mean(part) for part in zip(*losses, strict=True)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runs = [contributions(run, sys.argv[1]) for run in sys.argv[2:]]
-    losses = [statistics.mean(values) for values in zip(*(run[2] for run in runs), strict=True)]
-    print("| slope; error beside the whole gradient | " + " | ".join(f"loss {x:.3f}" for x in losses)
+    losses = [statistics.mean(values) for values in zip(*(run[3] for run in runs), strict=True)]
+    print("| slope; error; zeros | " + " | ".join(f"loss {x:.3f}" for x in losses)
           + " |\n" + "|---" * (PARTS + 1) + "|")
     for fmt in FORMATS:
         cells = []
         for part in range(PARTS):
             slopes, errors = [], []
-            for exact, found, _ in runs:
+            for exact, found, _, _ in runs:
                 names = list(exact[0])
                 whole = flat_norm({n: sum(e[n] for e in exact) for n in names})
                 slopes.append(compare_gradients([exact[part]], [found[fmt][part]], names)["slope"])
                 errors.append(flat_norm({n: found[fmt][part][n] - exact[part][n] for n in names}) / whole)
-            cells.append(f"{statistics.mean(slopes):.3f}; {statistics.mean(errors):.3f}")
+            none = statistics.mean(share for run in runs for share in run[2][fmt][part])
+            cells.append(f"{statistics.mean(slopes):.3f}; {statistics.mean(errors):.3f}; {none:.2f}")
         print(f"| {fmt} | " + " | ".join(cells) + " |", flush=True)

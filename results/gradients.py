@@ -3,8 +3,8 @@
 Per number of batches n whose gradients are averaged (16 windows each), of the block linears' weights: the size of the
 mean gradient, and by how much of it the same mean differs with g rounded per token, as the paper's G2 and G3 are, or in
 blocks of tokens. What is noise of the batch or of stochastic rounding falls as n**-0.5, what is left is bias. Slope:
-how much of the exact mean's length is found along it. Official floor: the official code's under the scales. 1e-9 there
-is 6.4e-8 here: its micro-batch's loss is divided by 64 times as many tokens.
+how much of the exact mean's length is found along it. Official floor: the one that the official code puts
+under scales, 1e-9, is 6.4e-8 here: its micro-batch's loss is divided by 64 times as many tokens.
 """
 
 import statistics
