@@ -1,6 +1,6 @@
 """Rerun the study of arXiv 2407.11722: every row of its matrix, its controls, several seeds, and a verdict per claim.
 
-    python sweep.py                                   # some 12 hours of two cores; cut off, it goes on
+    python sweep.py                                   # 5 to 12 hours of two cores; cut off, it goes on
     python sweep.py --rows=E0,C1,W4 --seeds=1         # a part of it
     python sweep.py --report                          # tables and figures of the runs there are
     python sweep.py --scale=paper --show              # only print the commands
@@ -162,7 +162,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "laptop": Scale("--preset=laptop --compile=False --sample_tokens=0", (1, 2, 3),
-                    "229,000 parameters, 4.6M tokens, 4 to 9 minutes of one core"),
+                    "229,000 parameters, 4.6M tokens, 2 to 9 minutes of one core"),
     "laptop-small": Scale("--preset=laptop-small --compile=False --sample_tokens=0", (1, 2, 3),
                           "65,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),

@@ -43,29 +43,31 @@ def captured(model: torch.nn.Module) -> dict[str, list[Tensor]]:
 
 
 def contributions(run: str, data: str) -> tuple[list[dict], dict[str, list[dict]], dict[str, list], list[float]]:
-    """Return by part the exact contribution {layer: dw}, those by format, their shares of zeros, and the mean loss."""
+    """Return by part the exact contribution {layer: dw (N, K)}, those by format, shares of zeros, and the mean loss."""
     probe = Probe(run, 64, data_dir=data)
-    model, losses = probe.model({}), []
+    model, losses = probe.model({}), []  # nothing is rounded: one backward serves all formats
     kept = captured(model)
+    rounds = {fmt: {name: layer_recipe(QuantConfig(**flags), name, layer.in_features, layer.out_features)
+                    .grad_weight_grad_output for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+              for fmt, flags in FORMATS.items()}  # {format: {layer: quantizer of g.T}}
     total = {name: [{} for _ in range(PARTS)] for name in ("exact", *FORMATS)}
     zeros = {name: [[] for _ in range(PARTS)] for name in FORMATS}
+    # the probe's batches are pieces of the text, one after the other: mix the windows
     order = torch.randperm(probe.batches[..., 0].numel(), generator=torch.Generator().manual_seed(0))
     for number, batch in enumerate(probe.batches.flatten(0, 1)[order].view_as(probe.batches)):
         torch.manual_seed(number)
         idx, targets = batch[:, :-1], batch[:, 1:]
-        logits = model(idx).flatten(0, 1)[:, :probe.checkpoint["vocab_size"]]
+        logits = model(idx).flatten(0, 1)[:, :probe.checkpoint["vocab_size"]]  # (M, vocabulary), without the padding
         loss = F.cross_entropy(logits, targets.flatten(), reduction="none")  # (M,)
         loss.mean().backward()
         loss = loss.detach()
         members = loss.argsort().chunk(PARTS)  # tokens, the easiest first
         losses.append([loss[m].mean().item() for m in members])
         for name, (x, g) in kept.items():
-            out_features, in_features = g.shape[1], x.shape[1]
             for fmt, sums in total.items():
-                g_t = g.T if fmt == "exact" else layer_recipe(
-                    QuantConfig(**FORMATS[fmt]), name, in_features, out_features).grad_weight_grad_output(g.T)
+                g_t = g.T if fmt == "exact" else rounds[fmt][name](g.T)  # (N, M), scales as the whole batch has them
                 for i, m in enumerate(members):
-                    sums[i][name] = sums[i].get(name, 0) + g_t[:, m] @ x[m]
+                    sums[i][name] = sums[i].get(name, 0) + g_t[:, m] @ x[m]  # (N, M/4) @ (M/4, K)
                     if fmt != "exact":
                         zeros[fmt][i].append((g_t[:, m] == 0).float().mean().item())
     return total.pop("exact"), total, zeros, [statistics.mean(part) for part in zip(*losses, strict=True)]

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
 import train  # noqa: E402
-from quant import Quantizer, Recipe, make_recipe  # noqa: E402
+from quant import QuantConfig, Quantizer, Recipe, make_recipe  # noqa: E402
 
 
 def half(quantizer: Quantizer, small: bool):
@@ -25,13 +25,13 @@ def half(quantizer: Quantizer, small: bool):
     return rounded
 
 
-def recipe(config, third=None) -> Recipe:
-    """Make the recipe of the flags, with half a quantizer in grad_weight."""
+def recipe(config: QuantConfig, third: int | None = None) -> Recipe:
+    """Make the recipe of the flags as quant.make_recipe does, but with half a quantizer in grad_weight."""
     whole = make_recipe(config, third)
     return replace(whole, grad_weight_grad_output=half(whole.grad_weight_grad_output, SMALL))
 
 
 if __name__ == "__main__":
     SMALL = {"small": True, "large": False}[sys.argv.pop(1)]
-    model.make_recipe = recipe
+    model.make_recipe = recipe  # where layer_recipe looks it up
     train.main()
