@@ -50,7 +50,8 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
     if 1 in (*x.shape, *w.shape):  # torch 2.13's CPU misreads a transposed view with an axis of 1
         x, w = (z.clone(memory_format=torch.contiguous_format) for z in (x, w))
     y = torch._int_mm(x, w)[:rows]  # (R, S) int32
-    return (y.float() * row_scale(a) * row_scale(b).T).to(dtype)  # (R, S) * (R, 1) * (1, S)
+    y = y.float() * row_scale(a) * row_scale(b).T  # (R, S) * (R, 1) * (1, S)
+    return y if y.dtype == dtype else y.to(dtype)  # as quant.gemm
 
 
 # -----------------------------------------------------------------------------

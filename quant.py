@@ -282,7 +282,7 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     y = a @ b.T  # (R, S)
     y = y if a_scale is None else y * a_scale  # (R, S) * (R, 1), fp32 from here
     y = y if b_scale is None else y * b_scale.T  # (R, S) * (1, S)
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)  # torch 2.11, compiled: no gradient behind a .to that does nothing
 
 
 def _factor(q: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -151,8 +151,9 @@ def _round(t: Tensor, stochastic: bool, room: float, packed: bool) -> tuple[Tens
 
 
 @cache
-def _compiled(*how) -> Callable:  # _round for itself, for any shape
-    return torch.compile(lambda t: _round(t, *how), dynamic=True, isolate_recompiles=True)
+def _compiled(*how) -> Callable:  # _round for itself, for any shape; all of these share dynamo's limit
+    many = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    return many(torch.compile(lambda t: _round(t, *how), dynamic=True))
 
 
 def _fp4(x: Tensor, rht: int, rows: int, stochastic: bool, room: float, packed: bool,
@@ -166,7 +167,7 @@ def _fp4(x: Tensor, rht: int, rows: int, stochastic: bool, room: float, packed: 
 
 
 # To a compiled model all that is one operator: inlined, it would be compiled six times a layer.
-@torch.library.custom_op("nanoqpt::nvfp4", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("nanoqpt::nvfp4", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _fp4_op(x: Tensor, rht: int, rows: int, stochastic: bool, room: float,
             packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _fp4(x, rht, rows, stochastic, room, packed, compiled=True)
