@@ -167,6 +167,10 @@ SCALES = {
                           "65,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
                           "491,000 parameters, 9.8M tokens, 13 to 20 minutes of one core"),
+    **{f"width-{width}": Scale(f"--preset=width-{width} --dataset=english --dtype=float32 --sample_tokens=0", (1, 2, 3),
+                               f"{cost}; the text is yours: README") for width, cost in (
+        (64, "229,000 parameters, 4.6M tokens"), (128, "851,000 parameters, 17M tokens"),
+        (256, "3.3M parameters, 66M tokens"))},
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
     "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
                                             "(4 GPUs, 4.3 days); not run yet"),
@@ -176,7 +180,8 @@ SCALES = {
 @dataclass
 class SweepConfig:
     """Run the matrix, or report on it."""
-    scale: Literal["laptop", "laptop-small", "laptop-large", "gpu", "paper"] = "laptop"  # how large the runs are
+    scale: Literal["laptop", "laptop-small", "laptop-large", "width-64", "width-128", "width-256",
+                   "gpu", "paper"] = "laptop"  # how large the runs are
     rows: str = ""  # ids separated by commas; empty: all
     seeds: int | None = None  # how many; auto: 3, or 1 at the paper's scale
     jobs: int | None = None  # runs at a time; auto: one a core without a GPU, else one

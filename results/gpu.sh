@@ -1,38 +1,44 @@
 #!/usr/bin/env bash
-# What has to be measured on a GPU, in under 30 minutes on an H100: tests, benches, curves, the matrix of moments.
-#     bash results/gpu.sh OUT [PART ...]     writes OUT/*.txt and OUT/runs/**/log.jsonl; PYTHON names another interpreter
-# Parts: tests optimizer gemm step curves moments; all without one. The time limits add up to 27 minutes; a part fails alone.
-# Written before a GPU was at hand: it has not run on one yet.
+# What is measured on a GPU, in 11 minutes of an H100 and 16 cores: tests, learning rates, a step, GEMMs, sizes.
+#     bash results/gpu.sh OUT PART [...]     writes OUT/*.txt and OUT/**/runs.jsonl; PYTHON names another interpreter
+# Parts: tests tune warm (these run side by side, and fill the compiler's cache) | step gemm (alone) | sizes.
+# tune and sizes read data/english, text of your own, 66M bytes or more (results/gpu.md says which text it was):
+#     python prepare_data.py --dataset=english --tokenizer=bytes --input=FILES
 set -u
 cd "$(dirname "$0")/.."
-out=${1:?usage: bash results/gpu.sh OUT [PART ...]}
+out=${1:?usage: bash results/gpu.sh OUT PART [...]}
 shift
-parts=" ${*:-tests optimizer gemm step curves moments} "
-export PYTHON=${PYTHON:-python}
-mkdir -p "$out/runs"
+parts=" $* "
+export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+mkdir -p "$out"
 wanted() { [[ $parts == *" $1 "* ]]; }
-part() { name=$1; limit=$2; shift 2; echo "== $name"; timeout "$limit" "$@" > "$out/$name.txt" 2>&1; echo "rc $?"; tail -n 12 "$out/$name.txt"; }
-
-git describe --always --dirty > "$out/commit.txt"
+part() {  # NAME LIMIT COMMAND...
+  local name=$1 limit=$2 start=$SECONDS; shift 2
+  timeout "$limit" "$@" > "$out/$name.txt" 2>&1
+  echo "== $name: rc $?, $((SECONDS - start)) s"; tail -n 5 "$out/$name.txt" | cut -c1-300
+}
 "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' > "$out/device.txt" || exit  # no GPU, an old driver
-test -d data/stdlib || "$PYTHON" prepare_data.py --dataset=stdlib  # once, not by eight runs at a time
-wanted tests && part tests 240 "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_quant.py -k "test_gpu or accumulator"
-wanted optimizer && part optimizer 120 "$PYTHON" bench.py --what=optimizer --rounds=30
-wanted gemm && for width in 768 1024 1280; do
-  part "gemm-$width" 40 "$PYTHON" bench.py --what=gemm --n_embd=$width --n_head=16 --batch_size=32
-done
-wanted step && part step 300 "$PYTHON" bench.py --batch_size=16 --vocab_size=50257 --rounds=20 \
-  --variants=E0,plain,w8a8,int8,int8-all,keep8,w8a8+keep8,int8-all+keep8+adam8
 
-# Simulated beside integer, the same seed: the losses of two log files.
-wanted curves && for preset in E0 w8a8 int8 int8-all; do
-  part "curve-$preset" 75 "$PYTHON" train.py --preset=gpt2,$preset --out_dir="$out/runs/curve-$preset" --max_iters=100 \
-    --gradient_accumulation_steps=4 --warmup_iters=50 --eval_interval=100 --sample_tokens=0
+wanted tests && part tests 200 "$PYTHON" -m pytest -v -n 8 tests/test_gpu.py tests/test_quant.py -k "test_gpu or accumulator" &
+STEP="bench.py --batch_size=16 --vocab_size=50257"
+wanted warm && for variants in E0,plain E0,w8a8 E0,int8-all E0,int8-all+keep8+adam8; do  # the second E0 finds the first's kernels
+  TORCHINDUCTOR_COMPILE_THREADS=2 part "warm-$variants" 200 "$PYTHON" $STEP --rounds=1 --variants=$variants &
 done
+wanted tune && for run in 64:1e-2 64:1.6e-2 64:2.4e-2 128:6e-3 128:1e-2 128:1.6e-2 256:3e-3 256:6e-3 256:1e-2; do
+  part "tune-$run" 200 "$PYTHON" train.py --preset="width-${run%:*},E0" --dataset=english --dtype=float32 --sample_tokens=0 \
+    --learning_rate="${run#*:}" --seed=1 --out_dir="$out/tune/$run" &
+done
+wait
+wanted step && part step 170 "$PYTHON" $STEP --rounds=20 --variants=E0,plain,w8a8,int8-all,int8-all+keep8+adam8
+wanted gemm && part gemm 50 "$PYTHON" bench.py --what=gemm --batch_size=32 --rounds=10
 
-# Moments: 1.3M parameters, 27M tokens (20 per parameter), 3 seeds, two beta2; eight runs at a time.
-export JOBS=8 FORMATS="E0 S1 S2 S3 S4 S6 S6-per_tensor dynamic adam8 adam4"
-wanted moments && part moments 560 bash results/moments.sh "$out/runs/moments" --n_embd=160 --batch_size=64 --max_iters=3300 \
-  --warmup_iters=200 --eval_interval=1100 --dtype=float32
+# One seed of each row everywhere, then the next: the later ones find their kernels in the cache.
+rows=E0,C1,W4,A4,bits28-6
+wanted sizes && for seeds in 1 2 3; do
+  for width in 256 128 64; do
+    part "sizes-$width-$seeds" "${LIMIT:-600}" "$PYTHON" sweep.py --scale=width-$width --rows=$rows --seeds=$seeds --jobs=5 \
+      --out_dir="$out/width-$width" &
+  done
+  wait
+done
 find "$out" -name '*.pt' -delete
-grep -h val_loss "$out"/runs/curve-*/log.jsonl | tail -n 3

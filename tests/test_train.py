@@ -126,7 +126,7 @@ def test_every_preset_runs(name, run, tmp_path):
 def test_sizes_are_gpt2s():
     for name, values in SIZES.items():
         config = build(train.TrainConfig, values)
-        small = name.startswith(("tiny", "laptop", "gpu"))
+        small = name.startswith(("tiny", "laptop", "width", "gpu"))
         assert small or config.batch_size * config.gradient_accumulation_steps == 512
 
 
