@@ -14,8 +14,9 @@ step: forward, backward, clipping, AdamW. Memory in MiB: `kept` is what forward 
 at once. The columns do not add up to it: gradients come as what is kept goes.
 memory: `kept` on fake tensors, any size in seconds; eager, the compiler would recompute some of it.
 optimizer: random gradients under every format of optim.py, beside torch.optim.AdamW(fused=True).
-gemm: quantized operands at hand, scales applied after. The roofline is the longer of arithmetic and
-memory traffic, at the rates this device reached just before in a large GEMM and a large copy.
+gemm: quantized operands at hand, scales applied after; int_mm: the integers alone, contiguous. The
+roofline is the longer of arithmetic and memory traffic, at the rates this device reached just
+before in a large GEMM and a large copy.
 """
 
 if __name__ == "__main__":  # first: a bad command line is refused before torch is imported
@@ -329,14 +330,16 @@ def bench_gemm(config: BenchConfig, device: str) -> tuple[str, list[dict]]:
             qa, qb = rounding.quantize(a), rounding.quantize(b)
             if name != "output":  # rounded in forward, met transposed
                 qb = qb._replace(codes=qb.codes.T.contiguous().T)
-            works = [partial(in_dtype, a, b, dtype), partial(in_int8, qa, qb, dtype)]
-            (plain, _), (ours, ratio) = interleaved(works, config.rounds, device)
+            works = [partial(in_dtype, a, b, dtype), partial(in_int8, qa, qb, dtype),
+                     partial(torch._int_mm, qa.codes.contiguous(), qb.codes.contiguous().T)]
+            (plain, _), (ours, ratio), (alone, _) = interleaved(works, config.rounds, device)
             (r, length), s = a.shape, b.shape[0]
             flops, out = 2 * r * s * length, r * s * dtype.itemsize
             roof, roof8 = (1e3 * max(flops / speed, ((r + s) * length * each + out) / traffic)
                            for speed, each in ((rate, dtype.itemsize), (rate8, 1)))
             rows.append({"linear": layer, "GEMM": name, "rows x inner x columns": f"{r} x {length} x {s}",
                          f"{config.dtype}, ms": plain, "roofline, ms": roof, "int8, ms": ours,
+                         "of it int_mm": alone,
                          "roofline 8, ms": roof8, f"x {config.dtype}": ratio})
     return (f"{rate / 1e12:.3g} TFLOP/s in {config.dtype}, {rate8 / 1e12:.3g} in int8, "
             f"{traffic / 1e9:.3g} GB/s"), rows

@@ -241,6 +241,12 @@ def compiled_update(m1: Moment, m2: Moment):
 # -----------------------------------------------------------------------------
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
+def on_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of a few numbers; on its way to a GPU nothing waits for it."""
+    t = torch.tensor(numbers, dtype=dtype)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Return AdamW's groups: matrices; embeddings; vectors, no decay and fp32 moments; reparams.
 
@@ -344,16 +350,19 @@ class AdamW(torch.optim.Optimizer):
         state["step"] += 1
         t, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
         debias = sqrt(1 - beta2**t)
-        hyper = torch.tensor([1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t), beta1,
-                              1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
+        hyper = [1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t), beta1, 1 - beta1,
+                 beta2, 1 - beta2, group["eps"] * debias]
+        hyper = on_device(hyper, torch.float32, p.device)
         seed = np.random.SeedSequence((self.seed, t)).generate_state(index + 1).view(np.int32)[-1]
         # Rows: views where that can be; copies if p is not contiguous or its last row is to be filled up.
         flat, grad, more = p.flatten(), p.grad.flatten(), n * width - p.numel()
         if more:
             flat, grad = (nn.functional.pad(z, (0, more)) for z in (flat, grad))
         tensors = flat.view(n, width), grad.view(n, width), state["exp_avg"], state["exp_avg_sq"], state["scales"]
-        # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them at once.
-        rows = max(1, PIECE // width) if len(state["scales"]) == n else n
+        # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them
+        # at once. Compiled for a GPU there are hardly any, and a piece is a launch (results/gpu.md).
+        whole = len(state["scales"]) != n or self.compile and p.is_cuda
+        rows = n if whole else max(1, PIECE // width)
         noisy = "stochastic" in (m1.rounding, m2.rounding)
         for first in range(0, n, rows):
             # .data forgets what a view is a view of: dynamo guards on that, and would compile again.
@@ -361,7 +370,7 @@ class AdamW(torch.optim.Optimizer):
             if self.compile:
                 for z in piece:  # one graph for any n; B is a constant while it can be
                     torch._dynamo.maybe_mark_dynamic(z, 0)
-            key = torch.tensor([seed, first], dtype=torch.int32, device=p.device) if noisy else None
+            key = on_device([seed, first], torch.int32, p.device) if noisy else None
             update(*piece, hyper, key)
         if flat.data_ptr() != p.data_ptr():  # it was a copy
             p.copy_(flat[:p.numel()].view(p.shape))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is measured on a GPU, in 11 minutes of an H100 and 16 cores: tests, learning rates, a step, GEMMs, sizes.
 #     bash results/gpu.sh OUT PART [...]     writes OUT/*.txt and OUT/**/runs.jsonl; PYTHON names another interpreter
-# Parts: tests tune warm (these run side by side, and fill the compiler's cache) | step gemm (alone) | sizes.
+# Parts: tests tune warm (side by side; they fill the compiler's cache), step adamw gemm (alone), sizes; LIMIT: its seconds.
 # tune and sizes read data/english, text of your own, 66M bytes or more (results/gpu.md says which text it was):
 #     python prepare_data.py --dataset=english --tokenizer=bytes --input=FILES
 set -u
@@ -30,15 +30,18 @@ wanted tune && for run in 64:1e-2 64:1.6e-2 64:2.4e-2 128:6e-3 128:1e-2 128:1.6e
 done
 wait
 wanted step && part step 170 "$PYTHON" $STEP --rounds=20 --variants=E0,plain,w8a8,int8-all,int8-all+keep8+adam8
+wanted adamw && TORCHINDUCTOR_COMPILE_THREADS=16 part adamw 120 "$PYTHON" $STEP --rounds=20 --variants=E0,adam8,adam4
 wanted gemm && part gemm 50 "$PYTHON" bench.py --what=gemm --batch_size=32 --rounds=10
 
-# One seed of each row everywhere, then the next: the later ones find their kernels in the cache.
-rows=E0,C1,W4,A4,bits28-6
-wanted sizes && for seeds in 1 2 3; do
-  for width in 256 128 64; do
-    part "sizes-$width-$seeds" "${LIMIT:-600}" "$PYTHON" sweep.py --scale=width-$width --rows=$rows --seeds=$seeds --jobs=5 \
-      --out_dir="$out/width-$width" &
+# The first seed of each row everywhere, then the next: the later ones find their kernels in the cache.
+sizes() {  # WIDTH
+  for seeds in 1 2 3; do
+    timeout "$((SECONDS < deadline ? deadline - SECONDS : 1))" "$PYTHON" sweep.py --scale="width-$1" --rows=E0,C1,W4,A4,bits28-6 --seeds=$seeds --jobs=5 \
+      --out_dir="$out/width-$1" > "$out/sizes-$1-$seeds.txt" 2>&1
+    echo "== sizes-$1-$seeds: rc $?, $SECONDS s"; tail -n 2 "$out/sizes-$1-$seeds.txt"
   done
-  wait
-done
+}
+deadline=$((SECONDS + ${LIMIT:-400}))
+wanted sizes && for width in 256 128 64; do sizes $width & done
+wait
 find "$out" -name '*.pt' -delete

@@ -32,10 +32,10 @@ SIZES = {
     "laptop": LAPTOP, "laptop-small": LAPTOP | dict(n_head=2, n_embd=32, learning_rate=2.4e-2, max_iters=625,
                                                     eval_interval=125),
     "laptop-large": LAPTOP | dict(n_head=6, n_embd=96, learning_rate=5.5e-3, max_iters=4790, eval_interval=479),
-    # a ladder for one GPU: 0.23M, 0.85M and 3.3M parameters, the same number of steps, 20 tokens for each parameter
+    # a ladder for one GPU: 0.23M, 0.85M and 3.3M parameters, as many steps each; rates: results/gpu.md
     **{f"width-{width}": LAPTOP | dict(n_embd=width, batch_size=batch, learning_rate=rate, eval_interval=1125,
                                        eval_tokens=2**18)
-       for width, batch, rate in ((64, 16, 1.6e-2), (128, 60, 1e-2), (256, 228, 6e-3))},
+       for width, batch, rate in ((64, 16, 1e-2), (128, 60, 1e-2), (256, 228, 3e-3))},
     "gpu": GPT2 | dict(n_layer=6, n_head=5, n_embd=320, block_size=512, batch_size=32, dataset="openwebtext",
                        gradient_accumulation_steps=4, learning_rate=2e-3, min_lr=0.0, warmup_iters=200,
                        max_iters=7200, eval_interval=600, eval_tokens=2**20, log_interval=10),
