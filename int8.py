@@ -8,7 +8,7 @@
 int8 codes of forward; `--gbits=8 --ggran=per_row --ggemm=both` all three. The numbers are those of
 `--gemm=simulate` with the same flags, up to the rounding of the epilogue: there the products of codes are summed in
 floating point, exactly up to K = 1040 in fp32 (K 127^2 < 2^24), here in int32, exactly up to K = 133,000. Which of
-the two is faster is the device's business: results/int8.md has measurements.
+the two is faster is the device's business: on a CPU this one (results/int8.md), on an H100 the other (results/gpu.md).
 
 The other half of the file is memory: `keep8` lets GELU and attention, which are no GEMMs of ours, keep their inputs for
 backward in int8 as the linear layers do.
@@ -41,7 +41,7 @@ def int8_gemm(a: Tensor | Quantized, b: Tensor | Quantized, dtype: torch.dtype) 
                          "use a smaller --batch_size")
     w = b.codes.T  # a view: on a CPU a contiguous copy of g.T or x.T costs more than its GEMM
     # cuBLAS: more than 16 rows, the other two sizes multiples of 8, and both operands contiguous along L: newer ones
-    # have no kernel where neither is transposed (pytorch issue 169956; not run on a GPU here yet)
+    # have no kernel where neither is transposed (pytorch issue 169956)
     if x.is_cuda:
         if length % 8 or b.codes.shape[0] % 8:
             raise ValueError(f"--gemm=int8 on a GPU needs sizes that are multiples of 8, not {rows} x "

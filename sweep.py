@@ -168,12 +168,12 @@ SCALES = {
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
                           "491,000 parameters, 9.8M tokens, 13 to 20 minutes of one core"),
     **{f"width-{width}": Scale(f"--preset=width-{width} --dataset=english --dtype=float32 --sample_tokens=0", (1, 2, 3),
-                               f"{cost}; the text is yours: README") for width, cost in (
+                               f"{cost}; text of your own, see results/gpu.md") for width, cost in (
         (64, "229,000 parameters, 4.6M tokens"), (128, "851,000 parameters, 17M tokens"),
         (256, "3.3M parameters, 66M tokens"))},
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
-    "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 413 A100 hours by the paper's account "
-                                            "(4 GPUs, 4.3 days); not run yet"),
+    "paper": Scale("--preset=paper", (42,), "124M parameters, 157G tokens; 98 H100 hours by "
+                   "a measured step, 413 A100 hours by the paper's account; not run yet"),
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What is measured on a GPU, in 11 minutes of an H100 and 16 cores: tests, learning rates, a step, GEMMs, sizes.
+# What is measured on a GPU, in 15 minutes of one with 16 cores: tests, learning rates, a step, GEMMs, sizes (results/gpu.md).
 #     bash results/gpu.sh OUT PART [...]     writes OUT/*.txt and OUT/**/runs.jsonl; PYTHON names another interpreter
-# Parts: tests tune warm (side by side; they fill the compiler's cache), step adamw gemm (alone), sizes; LIMIT: its seconds.
+# Parts: tests tune warm (side by side; they fill the compiler's cache), step adamw profile gemm (alone), sizes; LIMIT: its seconds.
 # tune and sizes read data/english, text of your own, 66M bytes or more (results/gpu.md says which text it was):
 #     python prepare_data.py --dataset=english --tokenizer=bytes --input=FILES
 set -u
@@ -31,6 +31,18 @@ done
 wait
 wanted step && part step 170 "$PYTHON" $STEP --rounds=20 --variants=E0,plain,w8a8,int8-all,int8-all+keep8+adam8
 wanted adamw && TORCHINDUCTOR_COMPILE_THREADS=16 part adamw 120 "$PYTHON" $STEP --rounds=20 --variants=E0,adam8,adam4
+wanted profile && part profile 90 "$PYTHON" - <<'EOF'
+import torch
+from torch.profiler import profile
+from bench import BenchConfig, Variant
+device = "cuda" if torch.cuda.is_available() else "cpu"
+v = Variant("adam8", BenchConfig(vocab_size=50257, batch_size=1, dtype="bfloat16"), device)
+[v.step() for _ in range(5)]
+v.forward().backward()
+with profile() as p:  # where do the milliseconds of AdamW go: the device's kernels, or the host?
+    v.optimizer.step()
+print(p.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15))
+EOF
 wanted gemm && part gemm 50 "$PYTHON" bench.py --what=gemm --batch_size=32 --rounds=10
 
 # The first seed of each row everywhere, then the next: the later ones find their kernels in the cache.

@@ -1,9 +1,9 @@
 """Does a recipe's loss grow with the model? python results/sizes.py SCALE SCALE [...] of sweep.py, from results/.
 
-Takes every row that ran at two of the scales or more; writes results/sizes.csv and results/sizes.png, and prints the
-table: difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. Of a row with three
-sizes, the last columns are the exponent k of |difference| ~ parameters**k and its range over 2,000 draws from the
-intervals; the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
+Takes every row that ran at two of the scales or more; writes results/sizes-SCALE.csv and .png, with the last SCALE,
+and prints the table: difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. Of a
+row with three sizes, the last columns are the exponent k of |difference| ~ parameters**k and its range over 2,000 draws
+from the intervals; the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
 """
 
 import math
@@ -35,6 +35,7 @@ def fit(sizes: np.ndarray, means: np.ndarray, halves: np.ndarray) -> dict[str, f
 
 
 if __name__ == "__main__":
+    out = str(ROOT / f"results/sizes-{sys.argv[-1]}")
     found = [read_runs(ROOT / "results" / scale / "runs.jsonl", scale) for scale in sys.argv[1:]]
     found = sorted(((done["E0", 1]["parameters"], done) for done in found), key=lambda pair: pair[0])
     sizes = np.array([n for n, _ in found], float)
@@ -50,8 +51,10 @@ if __name__ == "__main__":
         rows.append({"row": name, **{f"{key} {n:.0f}": v for n, m, h in zip(sizes, means, halves, strict=True)
                                      for key, v in (("mean", m), ("half", h))}, **law})
         aside = 1 + 0.02 * names.index(name)  # or the bars would hide one another
-        panels[0][0].errorbar(sizes[ran] * aside, means[ran], halves[ran], fmt="o-", capsize=3, label=name)
-        cells = [f"{m:+.4f} +- {h:.4f}" if math.isfinite(m) else "" for m, h in zip(means, halves, strict=True)]
+        bars = np.where(np.isfinite(halves), halves, 0.0)  # one seed has none
+        panels[0][0].errorbar(sizes[ran] * aside, means[ran], bars[ran], fmt="o-", capsize=3, label=name)
+        cells = ["" if math.isnan(m) else f"{m:+.4f} +- {h:.4f}" if math.isfinite(h) else f"{m:+.4f}, one seed"
+                 for m, h in zip(means, halves, strict=True)]
         said = ["", ""] if math.isnan(law["k"]) else [
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
             f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]
@@ -59,5 +62,5 @@ if __name__ == "__main__":
     panels[0][0].set(xscale="log", xlabel="parameters (20 tokens for each)",
                      ylabel="validation loss - E0's, nats per token")
     panels[0][0].legend(loc="lower center", ncols=3)
-    figure.savefig(ROOT / "results/sizes.png", dpi=100)
-    write_csv(rows, ROOT / "results/sizes.csv")
+    figure.savefig(f"{out}.png", dpi=100)
+    write_csv(rows, Path(f"{out}.csv"))
