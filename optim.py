@@ -42,7 +42,7 @@ from quant import SCALE_FLOOR
 from support.checks import check_optim
 
 MIN_SIZE = 4096  # elements; smaller tensors keep fp32 moments (2110.02861, section 2)
-PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in the cache
+PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in a CPU's cache
 
 Bits = Literal[4, 8, 32]
 Format = Literal["power", "dynamic", "linear"]
@@ -242,9 +242,9 @@ def compiled_update(m1: Moment, m2: Moment):
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
 def on_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of a few numbers; on its way to a GPU nothing waits for it."""
+    """Return a tensor of a few numbers; the host does not wait until a GPU has them."""
     t = torch.tensor(numbers, dtype=dtype)
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -360,7 +360,7 @@ class AdamW(torch.optim.Optimizer):
             flat, grad = (nn.functional.pad(z, (0, more)) for z in (flat, grad))
         tensors = flat.view(n, width), grad.view(n, width), state["exp_avg"], state["exp_avg_sq"], state["scales"]
         # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them
-        # at once. Compiled for a GPU there are hardly any, and a piece is a launch (results/gpu.md).
+        # at once. Compiled for a GPU, a piece is a call more and adam8 has no temporaries.
         whole = len(state["scales"]) != n or self.compile and p.is_cuda
         rows = n if whole else max(1, PIECE // width)
         noisy = "stochastic" in (m1.rounding, m2.rounding)

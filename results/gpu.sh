@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# What is measured on a GPU, in 15 minutes of one with 16 cores: tests, learning rates, a step, GEMMs, sizes (results/gpu.md).
+# What is measured on a GPU, in some 15 minutes of one with 16 cores: tests, learning rates, a step, GEMMs, sizes (results/gpu.md).
 #     bash results/gpu.sh OUT PART [...]     writes OUT/*.txt and OUT/**/runs.jsonl; PYTHON names another interpreter
 # Parts: tests tune warm (side by side; they fill the compiler's cache), step adamw profile gemm (alone), sizes; LIMIT: its seconds.
 # tune and sizes read data/english, text of your own, 66M bytes or more (results/gpu.md says which text it was):
 #     python prepare_data.py --dataset=english --tokenizer=bytes --input=FILES
 set -u
 cd "$(dirname "$0")/.."
-out=${1:?usage: bash results/gpu.sh OUT PART [...]}
+usage="usage: bash results/gpu.sh OUT PART [...], parts: tests tune warm step adamw profile gemm sizes"
+out=${1:?$usage}
 shift
-parts=" $* "
+parts=" ${*:?$usage} "
+for name in $*; do [[ " tests tune warm step adamw profile gemm sizes " == *" $name "* ]] || { echo "no part $name; $usage" >&2; exit 2; }; done
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 mkdir -p "$out"
 wanted() { [[ $parts == *" $1 "* ]]; }
@@ -18,6 +20,7 @@ part() {  # NAME LIMIT COMMAND...
   echo "== $name: rc $?, $((SECONDS - start)) s"; tail -n 5 "$out/$name.txt" | cut -c1-300
 }
 "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' > "$out/device.txt" || exit  # no GPU, an old driver
+git describe --always --dirty > "$out/commit.txt"
 
 wanted tests && part tests 200 "$PYTHON" -m pytest -v -n 8 tests/test_gpu.py tests/test_quant.py -k "test_gpu or accumulator" &
 STEP="bench.py --batch_size=16 --vocab_size=50257"
@@ -48,7 +51,8 @@ wanted gemm && part gemm 50 "$PYTHON" bench.py --what=gemm --batch_size=32 --rou
 # The first seed of each row everywhere, then the next: the later ones find their kernels in the cache.
 sizes() {  # WIDTH
   for seeds in 1 2 3; do
-    timeout "$((SECONDS < deadline ? deadline - SECONDS : 1))" "$PYTHON" sweep.py --scale="width-$1" --rows=E0,C1,W4,A4,bits28-6 --seeds=$seeds --jobs=5 \
+    ((SECONDS < deadline)) || break
+    timeout "$((deadline - SECONDS))" "$PYTHON" sweep.py --scale="width-$1" --rows=E0,C1,W4,A4,bits28-6 --seeds=$seeds --jobs=5 \
       --out_dir="$out/width-$1" > "$out/sizes-$1-$seeds.txt" 2>&1
     echo "== sizes-$1-$seeds: rc $?, $SECONDS s"; tail -n 2 "$out/sizes-$1-$seeds.txt"
   done

@@ -1,6 +1,6 @@
 """Does a recipe's loss grow with the model? python results/sizes.py SCALE SCALE [...] of sweep.py, from results/.
 
-Takes every row that ran at two of the scales or more; writes results/sizes-SCALE.csv and .png, with the last SCALE,
+Takes every row that ran at two of the scales or more; writes results/sizes-SCALE.csv and .png, of the largest SCALE,
 and prints the table: difference to E0 within seeds, and half of its 95 % interval, by the number of parameters. Of a
 row with three sizes, the last columns are the exponent k of |difference| ~ parameters**k and its range over 2,000 draws
 from the intervals; the prediction at 124M parameters follows from the fit and is a prediction, not a measurement.
@@ -35,9 +35,9 @@ def fit(sizes: np.ndarray, means: np.ndarray, halves: np.ndarray) -> dict[str, f
 
 
 if __name__ == "__main__":
-    out = str(ROOT / f"results/sizes-{sys.argv[-1]}")
     found = [read_runs(ROOT / "results" / scale / "runs.jsonl", scale) for scale in sys.argv[1:]]
     found = sorted(((done["E0", 1]["parameters"], done) for done in found), key=lambda pair: pair[0])
+    out = str(ROOT / "results" / f"sizes-{found[-1][1]['E0', 1]['scale']}")
     sizes = np.array([n for n, _ in found], float)
     names = [name for name in dict.fromkeys(row for _, done in found for row, _ in done) if name != "E0"
              and sum(compare(done, name, "E0").pairs > 0 for _, done in found) > 1]
@@ -59,7 +59,7 @@ if __name__ == "__main__":
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
             f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]
         print(f"| {name} | " + " | ".join(cells + said) + " |")
-    panels[0][0].set(xscale="log", xlabel="parameters (20 tokens for each)",
+    panels[0][0].set(xscale="log", ylim=(-0.1, 0.2), xlabel="parameters (20 tokens for each)",
                      ylabel="validation loss - E0's, nats per token")
     panels[0][0].legend(loc="lower center", ncols=3)
     figure.savefig(f"{out}.png", dpi=100)
