@@ -409,6 +409,7 @@ def table(config: SweepConfig, done: dict) -> list[dict]:
 def report(config: SweepConfig) -> None:
     """Write table.csv, table.md with a verdict per claim, and curves.png into the sweep's folder."""
     out = Path(config.out_dir)
+    torch.set_num_threads(1)  # as the runs; two wait for each other where others work
     done = read_runs(out / "runs.jsonl", config.scale)
     rows = table(config, done)
     if not rows or rows[0]["id"] != "E0":
