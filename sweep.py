@@ -166,9 +166,9 @@ SCALES = {
     "laptop-small": Scale("--preset=laptop-small --compile=False --sample_tokens=0", (1, 2, 3),
                           "65,000 parameters, 1.3M tokens, 1 to 3 minutes of one core; results/sizes.py compares"),
     "laptop-large": Scale("--preset=laptop-large --compile=False --sample_tokens=0", (1, 2, 3),
-                          "491,000 parameters, 9.8M tokens, 13 to 20 minutes of one core"),
+                          "491,000 parameters, 9.8M tokens, 9 to 20 minutes of one core"),
     **{f"width-{width}": Scale(f"--preset=width-{width} --dataset=english --dtype=float32 --sample_tokens=0", (1, 2, 3),
-                               f"{cost}; text of your own, see results/gpu.md") for width, cost in (
+                               f"{cost}; own text as bytes, see results/gpu.md") for width, cost in (
         (64, "229,000 parameters, 4.6M tokens"), (128, "851,000 parameters, 17M tokens"),
         (256, "3.3M parameters, 66M tokens"))},
     "gpu": Scale("--preset=gpu --sample_tokens=0", (1, 2, 3), "23M parameters, 0.47G tokens; not run yet"),
