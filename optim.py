@@ -42,7 +42,7 @@ from quant import SCALE_FLOOR
 from support.checks import check_optim
 
 MIN_SIZE = 4096  # elements; smaller tensors keep fp32 moments (2110.02861, section 2)
-PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in a CPU's cache
+PIECE = 2**20  # elements a step takes at a time: their fp32 moments stay small, and in the cache
 
 Bits = Literal[4, 8, 32]
 Format = Literal["power", "dynamic", "linear"]
@@ -241,12 +241,6 @@ def compiled_update(m1: Moment, m2: Moment):
 # -----------------------------------------------------------------------------
 # the optimizer: which tensor is stored how, state_dict, and nothing numerical
 
-def on_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of a few numbers; the host does not wait until a GPU has them."""
-    t = torch.tensor(numbers, dtype=dtype)
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-
-
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Return AdamW's groups: matrices; embeddings; vectors, no decay and fp32 moments; reparams.
 
@@ -350,19 +344,16 @@ class AdamW(torch.optim.Optimizer):
         state["step"] += 1
         t, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
         debias = sqrt(1 - beta2**t)
-        hyper = [1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t), beta1, 1 - beta1,
-                 beta2, 1 - beta2, group["eps"] * debias]
-        hyper = on_device(hyper, torch.float32, p.device)
+        hyper = torch.tensor([1 - lr * group["weight_decay"], lr * debias / (1 - beta1**t), beta1,
+                              1 - beta1, beta2, 1 - beta2, group["eps"] * debias], device=p.device)
         seed = np.random.SeedSequence((self.seed, t)).generate_state(index + 1).view(np.int32)[-1]
         # Rows: views where that can be; copies if p is not contiguous or its last row is to be filled up.
         flat, grad, more = p.flatten(), p.grad.flatten(), n * width - p.numel()
         if more:
             flat, grad = (nn.functional.pad(z, (0, more)) for z in (flat, grad))
         tensors = flat.view(n, width), grad.view(n, width), state["exp_avg"], state["exp_avg_sq"], state["scales"]
-        # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them
-        # at once. Compiled for a GPU, a piece is a call more and adam8 has no temporaries.
-        whole = len(state["scales"]) != n or self.compile and p.is_cuda
-        rows = n if whole else max(1, PIECE // width)
+        # Pieces of rows, so that temporaries are small; one scale for all rows needs all of them at once.
+        rows = max(1, PIECE // width) if len(state["scales"]) == n else n
         noisy = "stochastic" in (m1.rounding, m2.rounding)
         for first in range(0, n, rows):
             # .data forgets what a view is a view of: dynamo guards on that, and would compile again.
@@ -370,7 +361,7 @@ class AdamW(torch.optim.Optimizer):
             if self.compile:
                 for z in piece:  # one graph for any n; B is a constant while it can be
                     torch._dynamo.maybe_mark_dynamic(z, 0)
-            key = on_device([seed, first], torch.int32, p.device) if noisy else None
+            key = torch.tensor([seed, first], dtype=torch.int32, device=p.device) if noisy else None
             update(*piece, hyper, key)
         if flat.data_ptr() != p.data_ptr():  # it was a copy
             p.copy_(flat[:p.numel()].view(p.shape))

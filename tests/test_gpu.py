@@ -50,7 +50,7 @@ def test_integer_gemms_of_forward_and_backward():
                                    dict(m1bits=4, m1fmt="linear", m1gran="per_channel")], ids=str)
 @pytest.mark.parametrize("compile", [False, True])
 def test_optimizer(flags, compile, monkeypatch):
-    """Ten steps: parameters and scales agree to rounding, which moves few codes. Compiled, a GPU has no pieces."""
+    """Ten steps: parameters and scales agree to rounding, which moves few codes."""
     monkeypatch.setattr(optim, "PIECE", 1000)
     results = []
     for device in ("cpu", DEVICE):
