@@ -324,6 +324,9 @@ def sweep(config: SweepConfig) -> None:
                     if line is None:
                         todo.insert(0, run)
                         continue
+                    if {line["data"]} != {old["data"] for old in [*done.values(), line]}:
+                        raise ValueError(f"{path} has runs of other data than {run[0]}'s; "
+                                         "choose another --out_dir")
                     with open(path, "a") as file:
                         file.write(json.dumps(line) + "\n")
                     done[run], made = line, made + 1

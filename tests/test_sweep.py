@@ -189,3 +189,8 @@ def test_a_run_of_other_flags_or_of_before_is_no_result(tmp_path, data, call, mo
     code, out, err = call(sweep.main, *flags)
     assert code == 2 and "--learning_rate=0.002 differs from the 0.003 this run began with" in err
     assert not (tmp_path / "runs.jsonl").read_text()
+    monkeypatch.setitem(sweep.SCALES, "laptop", sweep.Scale(TINY, (1,), ""))
+    (tmp_path / "runs.jsonl").write_text(old := json.dumps(line("C1", 1, 1.0)) + "\n")
+    code, out, err = call(sweep.main, *flags)
+    assert code == 2 and "has runs of other data than E0's; choose another --out_dir" in err
+    assert (tmp_path / "runs.jsonl").read_text() == old
