@@ -324,7 +324,7 @@ def sweep(config: SweepConfig) -> None:
                     if line is None:
                         todo.insert(0, run)
                         continue
-                    if {line["data"]} != {old["data"] for old in [*done.values(), line]}:
+                    if any(old["data"] != line["data"] for old in done.values()):
                         raise ValueError(f"{path} has runs of other data than {run[0]}'s; "
                                          "choose another --out_dir")
                     with open(path, "a") as file:

@@ -2,7 +2,7 @@
 # What is measured on a GPU, in some 15 minutes of one with 16 cores: tests, learning rates, a step, GEMMs, sizes (results/gpu.md).
 #     bash results/gpu.sh OUT PART [...]     writes OUT/*.txt and OUT/**/runs.jsonl; PYTHON names another interpreter
 # Parts: tests tune warm (side by side; they fill the compiler's cache), step adamw profile gemm (alone), sizes; LIMIT: its seconds.
-# tune and sizes read data/english, text of your own, 66M bytes or more (results/gpu.md says which text it was):
+# tune and sizes read data/english, text of your own, 67M bytes or more (results/gpu.md says which text it was):
 #     python prepare_data.py --dataset=english --tokenizer=bytes --input=FILES
 set -u
 cd "$(dirname "$0")/.."

@@ -59,6 +59,7 @@ if __name__ == "__main__":
             f"{law['k']:+.2f} ({law['k_low']:+.2f} to {law['k_high']:+.2f})",
             f"{law['at_124M']:.3f} ({law['low']:.3f} to {law['high']:.3f})"]
         print(f"| {name} | " + " | ".join(cells + said) + " |")
+    # one late run has a bar that would press all else flat: cut off
     panels[0][0].set(xscale="log", ylim=(-0.1, 0.2), xlabel="parameters (20 tokens for each)",
                      ylabel="validation loss - E0's, nats per token")
     panels[0][0].legend(loc="lower center", ncols=3)

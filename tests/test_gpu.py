@@ -6,7 +6,6 @@ from conftest import column, same
 from test_quant import bitwise, normal
 
 import eval as evaluation
-import optim
 from int8 import int8_gemm
 from optim import AdamW, OptimConfig
 from quant import Quantized, Quantizer
@@ -49,9 +48,8 @@ def test_integer_gemms_of_forward_and_backward():
 @pytest.mark.parametrize("flags", [dict(m1bits=8, m2bits=8), dict(m1bits=4, m2bits=4), dict(m2bits=8, m2fmt="dynamic"),
                                    dict(m1bits=4, m1fmt="linear", m1gran="per_channel")], ids=str)
 @pytest.mark.parametrize("compile", [False, True])
-def test_optimizer(flags, compile, monkeypatch):
+def test_optimizer(flags, compile):
     """Ten steps: parameters and scales agree to rounding, which moves few codes."""
-    monkeypatch.setattr(optim, "PIECE", 1000)
     results = []
     for device in ("cpu", DEVICE):
         p = torch.nn.Parameter(normal(96, 64).to(device))
